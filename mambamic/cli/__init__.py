@@ -1,0 +1,65 @@
+"""The command line: one module per command, imported only when the command is called."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+from typing import Protocol, cast
+
+from mambamic._version import __version__
+from mambamic.errors import MambamicError, UsageError
+
+COMMANDS = {
+    "train": "train a model on a folder of images",
+    "predict": "classify images",
+    "import": "turn a checkpoint of the published research code into one of ours",
+    "archive": "pack a checkpoint into a TorchServe archive",
+    "serve": "start, and stop, a server",
+    "doctor": "show what this machine has and what would be used",
+}
+
+
+class Command(Protocol):
+    """What a module under ``mambamic.cli`` provides."""
+
+    def configure(self, parser: argparse.ArgumentParser) -> None:
+        """Add the command's arguments, description and worked example to its parser."""
+
+    def run(self, args: argparse.Namespace) -> int:
+        """Do the work and return the exit status."""
+
+
+def _command(name: str) -> Command:
+    module = importlib.import_module(f"mambamic.cli.{name}_command")
+    return cast(Command, module)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit status: 0, 1 (the work failed) or 2 (a wrong call)."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(
+        prog="mambamic", description="Microscopy image classification with state-space models."
+    )
+    parser.add_argument("--version", action="version", version=f"mambamic {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, summary in COMMANDS.items():
+        sub = commands.add_parser(
+            name, help=summary, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+        # Only the parser of the command that was called is filled in: the others would import
+        # torch, and more, for nothing.
+        if name in arguments[:1]:
+            _command(name).configure(sub)
+    args = parser.parse_args(arguments)
+    try:
+        return _command(args.command).run(args)
+    except UsageError as error:
+        print(f"mambamic {args.command}: {error}", file=sys.stderr)
+        return 2
+    except MambamicError as error:
+        print(f"mambamic {args.command}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130

@@ -1,0 +1,115 @@
+"""What can go wrong, as one small hierarchy.
+
+Every message has three parts: the bad value, what was expected, what to do about it. An error
+knows the HTTP status and the code under which a server reports it.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class MambamicError(Exception):
+    """Base of all errors that a user can cause and mend.
+
+    Args:
+        problem: What is wrong, naming the bad value.
+        expected: What would have been right.
+        remedy: What to do now.
+    """
+
+    code: ClassVar[str] = "error"
+    status: ClassVar[int] = 500
+
+    def __init__(self, problem: str, expected: str, remedy: str) -> None:
+        super().__init__(f"{problem}; expected {expected}; {remedy}")
+        self.problem = problem
+        self.expected = expected
+        self.remedy = remedy
+
+    def __reduce__(self) -> tuple[type[MambamicError], tuple[str, str, str]]:
+        """Survive pickling between decoder processes (the default would pass one argument)."""
+        return type(self), (self.problem, self.expected, self.remedy)
+
+    def as_json(self) -> dict[str, dict[str, str]]:
+        """Return the error object that a server answers with."""
+        return {"error": {"code": self.code, "message": str(self)}}
+
+
+class UsageError(MambamicError):
+    """A command or a function was called with arguments that make no sense."""
+
+    code = "usage"
+    status = 400
+
+
+class RequestError(MambamicError):
+    """A request carries no image, or carries it in a form that is not read."""
+
+    code = "bad_request"
+    status = 400
+
+
+class DecodeError(MambamicError):
+    """Bytes are not an image, or are a damaged one."""
+
+    code = "decode_failed"
+    status = 400
+
+
+class TooLargeError(MambamicError):
+    """An image or a request is larger than the limits."""
+
+    code = "too_large"
+    status = 413
+
+
+class MediaTypeError(MambamicError):
+    """A body has a content type that is not read."""
+
+    code = "unsupported_media_type"
+    status = 415
+
+
+class ShapeError(MambamicError):
+    """A tensor has a shape that the model cannot take."""
+
+    code = "bad_shape"
+    status = 400
+
+
+class CheckpointError(MambamicError):
+    """A checkpoint or archive is missing, damaged, or of another version."""
+
+    code = "bad_checkpoint"
+
+
+class BackendError(MambamicError):
+    """A kernel backend or device was asked for that this machine does not have."""
+
+    code = "backend_unavailable"
+
+
+class DataError(MambamicError):
+    """A data set for training or evaluation cannot be used."""
+
+    code = "bad_data"
+
+
+class ServerError(MambamicError):
+    """The server could not be started, reached, or stopped."""
+
+    code = "server_failed"
+
+
+class UnavailableError(MambamicError):
+    """The server is stopping and takes no more requests."""
+
+    code = "unavailable"
+    status = 503
+
+
+class InferenceError(MambamicError):
+    """The model failed on an image that was read without fault."""
+
+    code = "inference_failed"
