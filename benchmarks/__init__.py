@@ -1,0 +1,1 @@
+"""One small script per claim in the README; each writes JSON."""
