@@ -1,0 +1,1 @@
+"""Exports of a checkpoint: TorchServe archive, ONNX."""

@@ -1,0 +1,134 @@
+"""A checkpoint as a TorchServe archive (.mar): a ZIP with a manifest, and no pickle in it.
+
+Written here and not by ``torch-model-archiver``: that packs by way of ``$TMPDIR/<model name>``,
+which it deletes first, and stamps the time, so that two archives of one checkpoint differ.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import tempfile
+import zipfile
+from pathlib import Path
+
+from mambamic._version import __version__
+from mambamic.checkpoint import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE, load_checkpoint
+from mambamic.errors import UsageError
+
+MANIFEST_FILE = "MAR-INF/MANIFEST.json"
+MODEL_CONFIG_FILE = "model-config.yaml"
+# Not the name of a package: the file's folder comes first on the worker's path.
+HANDLER_FILE = "mambamic_service.py"
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+_VERSION = re.compile(r"[0-9]+(\.[0-9]+)*")
+_EPOCH = (1980, 1, 1, 0, 0, 0)  # the earliest that ZIP can express
+
+# TorchServe takes the one class that is defined in this very file; an imported one is not seen.
+_HANDLER = '''\
+"""What TorchServe calls; everything is in mambamic, which must be installed beside it."""
+
+from mambamic.handlers.service import ImageClassifier
+
+
+class MambamicHandler(ImageClassifier):
+    """The handler of this archive."""
+'''
+
+
+def write_archive(
+    checkpoint: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    model_name: str = "mambamic",
+    version: str = "1.0",
+    batch_size: int = 32,
+    max_batch_delay: int = 1,
+    workers: int = 1,
+    response_timeout: int = 120,
+    startup_timeout: int = 120,
+) -> Path:
+    """Pack a checkpoint; the same checkpoint and settings give the same bytes.
+
+    Args:
+        checkpoint: The folder.
+        out: The file to write; one that is there is replaced.
+        model_name: Under which TorchServe serves it.
+        version: Of the model, digits and dots.
+        batch_size: Requests that the handler gets at a time, at most.
+        max_batch_delay: Milliseconds that a request waits for others.
+        workers: Processes.
+        response_timeout: Seconds after which a worker that does not answer is killed.
+        startup_timeout: Seconds that a worker may take to load.
+
+    Returns:
+        The path of the archive.
+
+    Raises:
+        CheckpointError: The checkpoint is incomplete, or its weights have another hash.
+        UsageError: A name, version or number that TorchServe cannot take.
+    """
+    _check("model name", model_name, _NAME, "letters, digits, '.', '-' and '_'")
+    _check("version", version, _VERSION, "digits and dots, such as 1.0")
+    settings = {
+        "minWorkers": workers,
+        "maxWorkers": workers,
+        "batchSize": batch_size,
+        "maxBatchDelay": max_batch_delay,
+        "responseTimeout": response_timeout,
+        "startupTimeout": startup_timeout,
+    }
+    for key, value in settings.items():
+        if value < 1:
+            raise UsageError(f"{key} {value}", "at least 1", "give a larger number")
+    opened = load_checkpoint(checkpoint)
+    contents = {
+        MANIFEST_FILE: _manifest(model_name, version).encode(),
+        MODEL_CONFIG_FILE: _model_config(settings).encode(),
+        HANDLER_FILE: _HANDLER.encode(),
+        CONFIG_FILE: opened.config.to_json().encode(),
+        CARD_FILE: opened.card().encode(),
+        WEIGHTS_FILE: opened.weights(),
+    }
+    target = Path(out)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as scratch:
+        fresh = Path(scratch, target.name)
+        _write_zip(fresh, contents)
+        fresh.replace(target)
+    return target
+
+
+def _check(what: str, value: str, pattern: re.Pattern[str], expected: str) -> None:
+    if not pattern.fullmatch(value):
+        raise UsageError(f"{what} {value!r}", expected, "choose another")
+
+
+def _manifest(model_name: str, version: str) -> str:
+    manifest = {
+        "runtime": "python",
+        "model": {
+            "modelName": model_name,
+            "modelVersion": version,
+            "handler": HANDLER_FILE,
+            "configFile": MODEL_CONFIG_FILE,
+        },
+        "archiverVersion": "0.12.0",
+    }
+    return json.dumps(manifest, indent=2) + "\n"
+
+
+def _model_config(settings: dict[str, int]) -> str:
+    lines = [f"{key}: {value}" for key, value in settings.items()]
+    return "\n".join([*lines, "mambamic:", f"  version: {json.dumps(__version__)}", ""])
+
+
+def _write_zip(path: Path, contents: dict[str, bytes]) -> None:
+    # Stored: weights do not compress, and deflated bytes differ between versions of zlib.
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
+        for name, content in contents.items():
+            info = zipfile.ZipInfo(name, _EPOCH)
+            info.external_attr = 0o644 << 16
+            archive.writestr(info, content)

@@ -1,0 +1,94 @@
+"""``mambamic predict``: classify image files."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from mambamic.classifier import DTYPES, Classifier, Prediction
+from mambamic.decoding import DecodePool
+from mambamic.errors import DecodeError, MambamicError
+from mambamic.kernels import BACKENDS
+
+DESCRIPTION = """\
+Classify images. A file that cannot be read is reported, and the others are classified.
+
+example:
+  mambamic predict model_store/mambamic_t_pbc examples/cell.png
+  mambamic predict model_store/mambamic_t_pbc cells/*.png --json > predictions.jsonl
+
+exit status: 0 all classified, 1 something failed, 2 the call is wrong
+"""
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of ``mambamic predict``."""
+    parser.description = DESCRIPTION
+    add = parser.add_argument
+    add("checkpoint", type=Path, metavar="CHECKPOINT", help="the checkpoint's folder")
+    add("images", type=Path, nargs="+", metavar="IMAGE", help="image files")
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
+    add("--backend", default="auto", choices=BACKENDS, help="of the scan (default: %(default)s)")
+    add("--dtype", default="auto", choices=("auto", *DTYPES), help="default: %(default)s")
+    add("--batch-size", type=int, default=32, help="images at a time (default: %(default)s)")
+    add("--json", action="store_true", help="print a JSON object per image, all classes in it")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print a line per image, in order; return 1 if any failed."""
+    classifier = Classifier.load(
+        args.checkpoint, args.device, args.backend, args.dtype, max_batch=args.batch_size
+    )
+    width = max(len(str(path)) for path in args.images)
+    label_width = max(map(len, classifier.config.classes))
+    failed = False
+    # None: no bar where standard error is not a terminal.
+    with tqdm(total=len(args.images), delay=2, disable=None, unit="image") as bar:
+        for path, outcome in _outcomes(classifier, args.images, args.batch_size):
+            failed |= isinstance(outcome, MambamicError)
+            if args.json:
+                bar.write(json.dumps({"image": str(path), **outcome.as_json()}, ensure_ascii=False))
+            elif isinstance(outcome, MambamicError):
+                bar.write(f"{path}: {outcome}", file=sys.stderr)
+            else:
+                label = f"{outcome.label:{label_width}}"
+                bar.write(f"{path!s:{width}}  {label}  {outcome.probability:.4f}")
+            bar.update()
+    return 1 if failed else 0
+
+
+def _outcomes(
+    classifier: Classifier, paths: Sequence[Path], batch_size: int
+) -> Iterator[tuple[Path, Prediction | MambamicError]]:
+    with DecodePool(classifier.preprocess) as pool:
+        for start in range(0, len(paths), batch_size):
+            batch = paths[start : start + batch_size]
+            outcomes = _classify(classifier, pool, [_read(path) for path in batch])
+            yield from zip(batch, outcomes, strict=True)
+
+
+def _classify(
+    classifier: Classifier, pool: DecodePool, files: Sequence[bytes | MambamicError]
+) -> list[Prediction | MambamicError]:
+    decoded = iter(pool.map([file for file in files if isinstance(file, bytes)]))
+    tiles = [next(decoded) if isinstance(file, bytes) else file for file in files]
+    pixels = [tile for tile in tiles if not isinstance(tile, MambamicError)]
+    if not pixels:
+        return [tile for tile in tiles if isinstance(tile, MambamicError)]
+    predictions = iter(classifier.predictions(classifier.probabilities(np.stack(pixels))))
+    return [tile if isinstance(tile, MambamicError) else next(predictions) for tile in tiles]
+
+
+def _read(path: Path) -> bytes | MambamicError:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        return DecodeError(
+            f"it cannot be read ({error.strerror})", "an image file", "check the path"
+        )

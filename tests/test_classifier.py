@@ -1,0 +1,225 @@
+"""One answer per image, whatever travels with it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mambamic import Classifier, create_model
+from mambamic.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from mambamic.classifier import find_device
+from mambamic.config import Config
+from mambamic.errors import BackendError, CheckpointError, ShapeError, UsageError
+
+RNG = np.random.default_rng(11)
+# Blobs of colour: with noise alone every image would look alike to the network.
+TILES = np.stack(
+    [
+        np.asarray(Image.fromarray(RNG.integers(0, 256, (4, 4, 3), np.uint8)).resize((64, 64)))
+        for _ in range(7)
+    ]
+)
+
+
+@pytest.fixture(scope="module")
+def classifier(random_checkpoint: Path) -> Classifier:
+    return Classifier.load(random_checkpoint, device="cpu")
+
+
+def logits_of(checkpoint: Checkpoint, pixels: np.ndarray[Any, np.dtype[np.uint8]]) -> torch.Tensor:
+    config = checkpoint.config
+    model = create_model(config.architecture, len(config.classes)).eval()
+    model.load_state_dict(checkpoint.state_dict())
+    with torch.no_grad():
+        logits: torch.Tensor = model(torch.from_numpy(config.preprocess.normalise(pixels)))
+    return logits.double()
+
+
+def changed(classifier: Classifier, checkpoint: Path, **fields: Any) -> Classifier:
+    opened = load_checkpoint(checkpoint)
+    return Classifier.load(Checkpoint(checkpoint, replace(opened.config, **fields)), device="cpu")
+
+
+def test_probabilities_are_the_models(classifier: Classifier, random_checkpoint: Path) -> None:
+    logits = logits_of(load_checkpoint(random_checkpoint), TILES)
+    result = classifier.probabilities(TILES)
+    assert result.dtype == np.float32
+    np.testing.assert_allclose(result, logits.softmax(1).numpy(), atol=1e-5)
+    # The test would be empty if all images looked alike.
+    assert np.ptp(result, axis=0).max() > 0.01
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3])
+def test_company_does_not_matter(classifier: Classifier, batch: int) -> None:
+    together = classifier.probabilities(TILES)
+    apart = np.concatenate(
+        [classifier.probabilities(TILES[i : i + batch]) for i in range(0, len(TILES), batch)]
+    )
+    np.testing.assert_allclose(apart, together, atol=1e-5)
+
+
+def test_order_is_kept(classifier: Classifier) -> None:
+    order = [3, 0, 6, 2, 5, 1, 4]
+    np.testing.assert_allclose(
+        classifier.probabilities(TILES[order]), classifier.probabilities(TILES)[order], atol=1e-5
+    )
+
+
+def test_large_batches_are_split(random_checkpoint: Path, classifier: Classifier) -> None:
+    small = Classifier.load(random_checkpoint, device="cpu", max_batch=3)
+    expected = classifier.probabilities(TILES)
+    np.testing.assert_allclose(small.probabilities(TILES), expected, atol=1e-5)
+
+
+def test_no_images(classifier: Classifier) -> None:
+    assert classifier.predict([]) == []
+    assert classifier.probabilities(TILES[:0]).shape == (0, 8)
+
+
+def test_images_and_arrays_agree(classifier: Classifier) -> None:
+    large = [Image.fromarray(tile).resize((150, 90)) for tile in TILES]
+    arrays = [np.asarray(image) for image in large]
+    assert classifier.predict(large) == classifier.predict(arrays)
+
+
+def test_prediction(classifier: Classifier) -> None:
+    prediction = classifier.predict([TILES[0]])[0]
+    row = classifier.probabilities(TILES[:1])[0]
+    assert list(prediction.probabilities) == list("abcdefgh")
+    assert list(prediction.probabilities.values()) == pytest.approx(row.tolist(), abs=1e-6)
+    assert prediction.label == "abcdefgh"[row.argmax()]
+    assert prediction.probability == max(prediction.probabilities.values())
+    assert sum(prediction.probabilities.values()) == pytest.approx(1, abs=1e-5)
+    as_json = json.loads(json.dumps(prediction.as_json()))
+    assert as_json == {
+        "label": prediction.label,
+        "probability": prediction.probability,
+        "probabilities": prediction.probabilities,
+    }
+
+
+@pytest.mark.parametrize("head", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("temperature", [None, 2.5])
+def test_head_and_temperature(
+    head: str, temperature: float | None, classifier: Classifier, random_checkpoint: Path
+) -> None:
+    logits = logits_of(load_checkpoint(random_checkpoint), TILES) / (temperature or 1)
+    expected = logits.softmax(1) if head == "softmax" else logits.sigmoid()
+    other = changed(classifier, random_checkpoint, head=head, temperature=temperature)
+    np.testing.assert_allclose(other.probabilities(TILES), expected.numpy(), atol=1e-5)
+
+
+def test_mean_and_std(classifier: Classifier, random_checkpoint: Path) -> None:
+    fields = {"mean": (0.8, 0.6, 0.4), "std": (0.1, 0.3, 0.9)}
+    other = changed(classifier, random_checkpoint, **fields)
+    opened = load_checkpoint(random_checkpoint)
+    logits = logits_of(Checkpoint(opened.path, replace(opened.config, **fields)), TILES)  # type: ignore[arg-type]
+    np.testing.assert_allclose(other.probabilities(TILES), logits.softmax(1).numpy(), atol=1e-5)
+
+
+def test_strided_and_read_only_arrays(classifier: Classifier) -> None:
+    mirrored = TILES[:, :, ::-1]
+    frozen = mirrored.copy()
+    frozen.flags.writeable = False
+    np.testing.assert_array_equal(
+        classifier.probabilities(mirrored), classifier.probabilities(frozen)
+    )
+
+
+@pytest.mark.parametrize(
+    "pixels",
+    [
+        TILES.astype(np.float32),
+        TILES[0],
+        TILES[:, :32],
+        TILES[..., :1],
+        TILES.transpose(0, 3, 1, 2),
+    ],
+)
+def test_wrong_pixels(classifier: Classifier, pixels: Any) -> None:
+    with pytest.raises(ShapeError, match=r"pixels of shape .* expected \(B, 64, 64, 3\) and uint8"):
+        classifier.probabilities(pixels)
+
+
+@pytest.mark.parametrize(
+    "image", [TILES[0].astype(float), TILES, TILES[0, ..., 0], TILES[0][:0], TILES[0][..., :2]]
+)
+def test_wrong_image(classifier: Classifier, image: Any) -> None:
+    with pytest.raises(ShapeError, match=r"image 1 is an array of shape .*\(H, W, 3\) and uint8"):
+        classifier.predict([TILES[0], image])
+
+
+def test_bfloat16_on_the_cpu_is_close(classifier: Classifier, random_checkpoint: Path) -> None:
+    other = Classifier.load(random_checkpoint, device="cpu", dtype="bfloat16")
+    assert other.describe()["dtype"] == "bfloat16"
+    difference = np.abs(other.probabilities(TILES) - classifier.probabilities(TILES)).max()
+    assert 0 < difference < 0.1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["auto", "float32", "bfloat16"])
+def test_gpu_agrees(dtype: str, classifier: Classifier, random_checkpoint: Path) -> None:
+    other = Classifier.load(random_checkpoint, device="cuda", dtype=dtype)
+    other.warm_up()
+    difference = np.abs(other.probabilities(TILES) - classifier.probabilities(TILES)).max()
+    assert difference < {"auto": 0.02, "float32": 5e-3, "bfloat16": 0.1}[dtype]
+
+
+def test_warm_up_and_describe(classifier: Classifier) -> None:
+    classifier.warm_up()
+    described = json.loads(json.dumps(classifier.describe()))
+    assert described["architecture"] == "mambamic_t"
+    assert described["device"] == "cpu"
+    assert described["dtype"] == "float32"
+    assert described["backend"] == "cpu"
+    assert described["classes"] == 8
+    assert described["versions"]["torch"] == torch.__version__
+
+
+def test_reference_backend_agrees(classifier: Classifier, random_checkpoint: Path) -> None:
+    other = Classifier.load(random_checkpoint, device="cpu", backend="reference")
+    assert other.describe()["backend"] == "reference"
+    np.testing.assert_allclose(
+        other.probabilities(TILES[:2]), classifier.probabilities(TILES[:2]), atol=1e-5
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"device": "tpu"}, "device 'tpu'"),
+        ({"device": "cpu:1"}, "device 'cpu:1'"),
+        ({"device": "cuda:x"}, "device 'cuda:x'"),
+        ({"dtype": "int8"}, "dtype 'int8'"),
+        ({"backend": "triton"}, "backend 'triton'"),
+        ({"max_batch": 0}, "max_batch 0"),
+    ],
+)
+def test_wrong_arguments(arguments: dict[str, Any], message: str, random_checkpoint: Path) -> None:
+    with pytest.raises(UsageError, match=message):
+        Classifier.load(random_checkpoint, **arguments)
+
+
+def test_device_that_is_not_here(random_checkpoint: Path) -> None:
+    with pytest.raises(BackendError, match=r"device 'cuda:99' is not here; .*use device=\"cpu\""):
+        Classifier.load(random_checkpoint, device="cuda:99")
+
+
+def test_auto_device() -> None:
+    expected = "cuda" if torch.cuda.is_available() else "cpu"
+    assert find_device("auto").type == expected
+
+
+def test_weights_of_another_model(tmp_path: Path) -> None:
+    config = Config(architecture="mambamic_t", classes=("a", "b"))
+    model = create_model("mambamic_t", 3)
+    save_checkpoint(tmp_path / "x", config, model.state_dict(), "")
+    with pytest.raises(CheckpointError, match=r"do not fit: key 'head\.bias' has shape \(3,\)"):
+        Classifier.load(tmp_path / "x", device="cpu")
