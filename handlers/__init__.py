@@ -1,0 +1,1 @@
+"""TorchServe handler: a thin shell over ``mambamic.Classifier``."""

@@ -1,0 +1,167 @@
+"""From the parts of a request to tiles: which forms are read, and what is said of the others."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from mambamic.errors import MambamicError, MediaTypeError, RequestError, TooLargeError
+from mambamic.handlers.parts import Part
+from mambamic.images import pixel_count
+from mambamic.zips import MAX_TILES, is_zip, read_zip
+
+MAX_PIXELS = 256_000_000
+
+FORMS = (
+    "one image in a form field (-F image=@cell.png), an image as the body with an image content "
+    "type, several images in form fields of distinct names, or one ZIP of images"
+)
+ZIP_TYPES = {"application/zip", "application/x-zip-compressed", "application/x-zip"}
+# A client that knows no better sends bytes as this, or states nothing.
+UNSPECIFIC_TYPES = {"", "application/octet-stream", "binary/octet-stream"}
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One image of a request: its bytes, or why there are none.
+
+    Args:
+        name: The form field, or the name inside the ZIP.
+        content: The encoded image, or the error to answer with.
+    """
+
+    name: str
+    content: bytes | MambamicError
+
+
+@dataclass(frozen=True)
+class TileRequest:
+    """What one request asks for.
+
+    Args:
+        tiles: In request order.
+        single: Answered with one object, not with a list.
+    """
+
+    tiles: tuple[Tile, ...]
+    single: bool
+
+
+def read_request(parts: Sequence[Part], content_type: str = "") -> TileRequest:
+    """Read the tiles of a request.
+
+    Args:
+        parts: All parts in request order, repeated names included.
+        content_type: Of the request as a whole.
+
+    Raises:
+        RequestError: There is no image, or a field name is repeated; a ZIP is empty or encrypted.
+        MediaTypeError: The body, or the only part, has a content type that is not read.
+        TooLargeError: More than 256 tiles or 256 megapixels in all, or a ZIP that expands too far.
+        DecodeError: The ZIP is damaged.
+    """
+    # What curl states when it is told nothing: an image sent so arrives cut up at every "&".
+    if content_type.lower().startswith("application/x-www-form-urlencoded"):
+        raise MediaTypeError(
+            "the body has the content type 'application/x-www-form-urlencoded'",
+            FORMS,
+            "state the type of the body (curl --data-binary @cell.png -H 'Content-Type: "
+            "image/png'), or use a form field (curl -F image=@cell.png)",
+        )
+    _refuse_repeats(parts)
+    filled = [part for part in parts if _size(part)]
+    if not filled:
+        raise RequestError(
+            "the request carries no image",
+            FORMS,
+            "send the image in the form field 'image': curl URL -F image=@cell.png",
+        )
+    if len(filled) == 1:
+        tile = _tile(filled[0])
+        if isinstance(tile.content, MambamicError):
+            raise tile.content
+        if not _is_zip(filled[0], tile.content):
+            return TileRequest((tile,), single=True)
+        tiles = tuple(Tile(name, data) for name, data in read_zip(tile.content))
+    else:
+        tiles = tuple(_tile_among_others(part) for part in filled)
+    _check_limits(tiles)
+    return TileRequest(tiles, single=False)
+
+
+def _size(part: Part) -> int:
+    value = part.value
+    # A worker that decodes hands over text and JSON as objects; they are told by their type.
+    return len(value) if isinstance(value, bytes | bytearray | str) else 1
+
+
+def _media_type(part: Part) -> str:
+    return part.content_type.partition(";")[0].strip().lower()
+
+
+def _refuse_repeats(parts: Sequence[Part]) -> None:
+    repeated = [name for name, n in Counter(part.name for part in parts).items() if n > 1]
+    if repeated:
+        raise RequestError(
+            f"the form field {repeated[0][:80]!r} was sent more than once "
+            f"({len(parts)} fields sent, {len({part.name for part in parts})} distinct names)",
+            "a distinct name for each field",
+            "name the fields differently (image1, image2, ...), or send one ZIP of the images "
+            "(-F image=@tiles.zip)",
+        )
+
+
+def _tile(part: Part) -> Tile:
+    media_type = _media_type(part)
+    read = media_type.startswith("image/") or media_type in UNSPECIFIC_TYPES | ZIP_TYPES
+    if not read or not isinstance(part.value, bytes | bytearray):
+        error = MediaTypeError(
+            f"the field {part.name[:80]!r} has the content type {media_type[:80] or 'text'!r}",
+            "an image content type (image/png, image/jpeg, image/tiff, ...), application/zip or "
+            "application/octet-stream",
+            "send the bytes of the image as they are, in a form field or as the body",
+        )
+        return Tile(part.name, error)
+    return Tile(part.name, bytes(part.value))
+
+
+def _is_zip(part: Part, data: bytes) -> bool:
+    return _media_type(part) in ZIP_TYPES or is_zip(data)
+
+
+def _tile_among_others(part: Part) -> Tile:
+    tile = _tile(part)
+    if isinstance(tile.content, bytes) and _is_zip(part, tile.content):
+        return Tile(
+            part.name,
+            RequestError(
+                f"the field {part.name[:80]!r} is a ZIP among other fields",
+                "a ZIP as the only field of a request",
+                "send the ZIP alone, or the images as fields of their own",
+            ),
+        )
+    return tile
+
+
+def _check_limits(tiles: Sequence[Tile]) -> None:
+    if len(tiles) > MAX_TILES:
+        raise TooLargeError(
+            f"{len(tiles)} tiles in one request",
+            f"at most {MAX_TILES}",
+            "send them in several requests",
+        )
+    pixels = 0
+    for tile in tiles:
+        if isinstance(tile.content, bytes):
+            try:
+                pixels += pixel_count(tile.content)
+            except MambamicError:
+                # The decoder says so again, for that tile alone.
+                continue
+    if pixels > MAX_PIXELS:
+        raise TooLargeError(
+            f"{pixels / 1e6:.0f} megapixels in one request",
+            f"at most {MAX_PIXELS // 1_000_000}",
+            "send them in several requests",
+        )

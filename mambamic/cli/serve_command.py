@@ -1,0 +1,150 @@
+"""``mambamic serve``: start a server, and stop it."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+import time
+from pathlib import Path
+from types import FrameType
+
+from mambamic.errors import ServerError, UsageError
+from mambamic.handlers.gate import Gate
+from mambamic.launcher import probe, server
+from mambamic.launcher.archives import ModelSpec
+from mambamic.launcher.settings import Settings
+
+DESCRIPTION = """\
+Serve models over HTTP with TorchServe. Ends when the first prediction has been answered; the
+server runs on in the background. Predictions are answered on --port, the management API and
+Prometheus metrics on the two ports after it, on loopback only.
+
+example:
+  mambamic serve --model model_store/mambamic_t_pbc
+  curl http://127.0.0.1:8080/predictions/mambamic -F image=@examples/cell.png
+  mambamic serve --stop
+"""
+DEMO = "model_store/mambamic_t_pbc"
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of ``mambamic serve``."""
+    defaults = Settings()
+    parser.description = DESCRIPTION
+    add = parser.add_argument
+    add(
+        "--model",
+        action="append",
+        metavar="SOURCE[=NAME[:VERSION]]",
+        help=f"a checkpoint folder or .mar archive; repeat for several (default: {DEMO})",
+    )
+    add("--port", type=int, default=defaults.port, help="of predictions (default: %(default)s)")
+    add("--host", default=defaults.host, help="address of predictions (default: %(default)s)")
+    add("--workers", type=int, default=defaults.workers, help="processes per model")
+    add("--device", choices=("auto", "cpu", "cuda"), default=defaults.device)
+    add("--backend", default=defaults.backend, help="of the scan: auto, cpu, cuda, reference")
+    add("--batch-size", type=int, default=defaults.batch_size, help="requests per batch, at most")
+    add(
+        "--max-batch-delay",
+        type=int,
+        default=defaults.max_batch_delay,
+        metavar="MS",
+        help="milliseconds to wait for a batch to fill",
+    )
+    add("--token-auth", action="store_true", help="require TorchServe's tokens (key_file.json)")
+    add("--log-dir", type=Path, help="where to log (default: in the server's state folder)")
+    add("--foreground", action="store_true", help="stay, and log to the console, until a signal")
+    add("--stop", action="store_true", help="stop the server on --port")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Start or stop a server."""
+    if args.stop:
+        return _stop(args.port)
+    settings = Settings(
+        port=args.port,
+        host=args.host,
+        workers=args.workers,
+        device=args.device,
+        backend=args.backend,
+        token_auth=args.token_auth,
+        batch_size=args.batch_size,
+        max_batch_delay=args.max_batch_delay,
+        foreground=args.foreground,
+    )
+    signal.signal(signal.SIGTERM, _interrupt)
+    began = time.monotonic()
+    started = server.start(_models(args.model), settings, args.log_dir)
+    try:
+        sample, shown = _sample()
+        answers = server.wait_ready(started, sample)
+    except BaseException:
+        server.abandon(started)
+        raise
+    seconds = time.monotonic() - began
+    address = f"http://{probe.reachable(settings.host)}:{settings.port}"
+    names = [model.name for model in started.models]
+    for model, answer in zip(started.models, answers, strict=True):
+        path = model.path if names.count(model.name) > 1 else f"/predictions/{model.name}"
+        print(f"$ curl {address}{path} -F image=@{shown}")
+        print(answer, flush=True)
+    print(
+        f"first answer after {seconds:.1f} s; logs in {started.record.logs}; "
+        f"stop by: mambamic serve --stop --port {settings.port}",
+        flush=True,
+    )
+    return _stay(started) if args.foreground else 0
+
+
+def _models(given: list[str] | None) -> list[ModelSpec]:
+    if given:
+        return [ModelSpec.parse(text) for text in given]
+    root = Path(__file__).resolve().parent.parent.parent
+    for demo in (Path(DEMO), root / DEMO):
+        if (demo / "config.json").exists():
+            return [ModelSpec(demo)]
+    raise UsageError(
+        "no --model, and the demo checkpoint is not here",
+        f"a checkpoint folder or archive, or {DEMO} below the working directory",
+        "name one: mambamic serve --model CHECKPOINT",
+    )
+
+
+def _sample() -> tuple[bytes, str]:
+    root = Path(__file__).resolve().parent.parent.parent
+    for sample in (Path("examples/cell.png"), root / "examples" / "cell.png"):
+        if sample.exists():
+            return sample.read_bytes(), str(sample)
+    return probe.draw_cell(), "cell.png"
+
+
+def _stop(port: int) -> int:
+    was_running = server.stop(port, say=lambda text: print(text, file=sys.stderr))
+    print(f"server on port {port} stopped" if was_running else f"no server on port {port}")
+    return 0
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    del number, frame
+    raise KeyboardInterrupt
+
+
+def _stay(started: server.Server) -> int:
+    port = started.settings.port
+    try:
+        while started.record.process() is not None:
+            time.sleep(0.5)
+    except KeyboardInterrupt:
+        # Once is enough: a second signal must not end the stopping half-way.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        return _stop(port)
+    if Gate(started.folder.gate).closed:
+        return 0
+    server.stop(port)
+    raise ServerError(
+        "TorchServe's frontend ended by itself",
+        "a Java process that stays",
+        f"see the logs in {started.record.logs}",
+    )

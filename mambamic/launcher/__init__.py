@@ -1,0 +1,1 @@
+"""Starting, probing and stopping TorchServe: what ``mambamic serve`` is made of."""

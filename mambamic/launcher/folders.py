@@ -1,0 +1,116 @@
+"""The folder of one server: its archives, configuration, logs, gate, and who it is."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import psutil
+
+MAIN_CLASS = "org.pytorch.serve.ModelServer"
+
+
+def state_root() -> Path:
+    """Return where servers keep their folders: ``MAMBAMIC_STATE``, else the user's state folder."""
+    if chosen := os.environ.get("MAMBAMIC_STATE"):
+        return Path(chosen)
+    base = os.environ.get("XDG_STATE_HOME")
+    return (Path(base) if base else Path.home() / ".local" / "state") / "mambamic"
+
+
+@dataclass(frozen=True)
+class Record:
+    """A server that was started.
+
+    Args:
+        pid: Of Java, which leads a session of its own.
+        created: When that process was created, seconds since 1970: a recycled pid differs here.
+        host: Where predictions are answered.
+        port: Where predictions are answered.
+        scratch: The temporary folder of the server.
+        logs: Where it logs.
+        models: ``name/version`` of each model.
+    """
+
+    pid: int
+    created: float
+    host: str
+    port: int
+    scratch: str
+    logs: str
+    models: list[str]
+
+    def process(self) -> psutil.Process | None:
+        """Return Java's process, or None where it has ended, whoever has its pid now."""
+        try:
+            process = psutil.Process(self.pid)
+            same = abs(process.create_time() - self.created) < 1
+            alive = same and process.status() != psutil.STATUS_ZOMBIE
+            return process if alive and MAIN_CLASS in process.cmdline() else None
+        except psutil.Error:
+            return None
+
+
+@dataclass(frozen=True)
+class ServerFolder:
+    """The folder of the server on one port."""
+
+    root: Path
+
+    @classmethod
+    def of_port(cls, port: int) -> ServerFolder:
+        """Return the folder that belongs to a port."""
+        return cls(state_root() / f"serve-{port}")
+
+    @property
+    def store(self) -> Path:
+        """The archives that are served."""
+        return self.root / "models"
+
+    @property
+    def gate(self) -> Path:
+        """What launcher and workers share."""
+        return self.root / "gate"
+
+    @property
+    def config(self) -> Path:
+        """TorchServe's configuration."""
+        return self.root / "config.properties"
+
+    @property
+    def log_config(self) -> Path:
+        """The frontend's logging configuration."""
+        return self.root / "log4j2.xml"
+
+    @property
+    def keys(self) -> Path:
+        """The tokens that TorchServe writes to its working directory."""
+        return self.root / "key_file.json"
+
+    @property
+    def _record(self) -> Path:
+        return self.root / "server.json"
+
+    def create(self) -> None:
+        """Make the folder, for its owner only: it may hold tokens."""
+        self.root.mkdir(parents=True, exist_ok=True, mode=0o700)
+        for folder in (self.store, self.gate):
+            folder.mkdir(exist_ok=True)
+
+    def write(self, record: Record) -> None:
+        """Remember a server."""
+        self._record.write_text(json.dumps(asdict(record), indent=2) + "\n", encoding="utf-8")
+
+    def read(self) -> Record | None:
+        """Return the remembered server, running or not."""
+        try:
+            return Record(**json.loads(self._record.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError):
+            return None
+
+    def forget(self) -> None:
+        """Drop the remembered server and its tokens."""
+        self._record.unlink(missing_ok=True)
+        self.keys.unlink(missing_ok=True)

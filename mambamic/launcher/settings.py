@@ -1,0 +1,266 @@
+"""What is asked of a server, and TorchServe's configuration that says so."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from mambamic.errors import BackendError, ServerError, UsageError
+from mambamic.handlers.gate import VARIABLE as GATE_VARIABLE
+from mambamic.launcher.folders import MAIN_CLASS, ServerFolder
+from mambamic.launcher.java import Java
+
+# 256 tiles of a megabyte; a response holds probabilities, or pictures in answer to one request.
+MAX_REQUEST_BYTES = 256 * 1024 * 1024
+MAX_RESPONSE_BYTES = 64 * 1024 * 1024
+RESPONSE_TIMEOUT_S = 120
+QUEUE_SIZE = 1000
+
+LOG_CONFIG = """<?xml version="1.0" encoding="UTF-8"?>
+<Configuration>
+  <Appenders>
+    <Console name="console" target="SYSTEM_OUT">
+      <PatternLayout pattern="%d{ISO8601} [%-5p] %t - %m%n%ex"/>
+    </Console>
+FILES  </Appenders>
+  <Loggers>
+    <Logger name="ACCESS_LOG" level="info" additivity="false">
+      <AppenderRef ref="access_log"/>
+    </Logger>
+    <Logger name="MODEL_LOG" level="info" additivity="CONSOLE">
+      <AppenderRef ref="model_log"/>
+    </Logger>
+    <Logger name="org.pytorch.serve.http" level="info" additivity="false">
+      <AppenderRef ref="http_log"/>
+    </Logger>
+    <Logger name="MODEL_METRICS" level="all" additivity="false">
+      <AppenderRef ref="model_metrics"/>
+    </Logger>
+    <Logger name="TS_METRICS" level="all" additivity="false">
+      <AppenderRef ref="ts_metrics"/>
+    </Logger>
+    <Logger name="io.netty" level="error"/>
+    <Logger name="org.apache" level="off"/>
+    <Root level="info">
+ROOT      <AppenderRef ref="ts_log"/>
+    </Root>
+  </Loggers>
+</Configuration>
+"""
+_LOG_FILE = """    <RollingFile name="{name}" fileName="{folder}/{name}.log"
+                 filePattern="{folder}/{name}.%i.log.gz">
+      <PatternLayout pattern="%d{{ISO8601}} [%-5p] %t - %m%n{exceptions}"/>
+      <Policies><SizeBasedTriggeringPolicy size="50 MB"/></Policies>
+      <DefaultRolloverStrategy max="5"/>
+    </RollingFile>
+"""
+# The frontend's form parser quotes the body that it could not read in its exceptions: of what is
+# logged while a request is read, exceptions are left out.
+_LOG_FILES = {
+    "access_log": "%ex",
+    "http_log": "%ex{0}",
+    "model_log": "%ex",
+    "model_metrics": "%ex",
+    "ts_log": "%ex",
+    "ts_metrics": "%ex",
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What ``mambamic serve`` was asked for.
+
+    Args:
+        port: Of predictions; management and metrics take the two ports after it.
+        host: The address of predictions; management and metrics stay on loopback.
+        workers: Processes per model.
+        device: ``auto``, ``cpu`` or ``cuda``.
+        backend: Of the scan, ``auto`` or a name.
+        token_auth: Whether requests need TorchServe's tokens.
+        batch_size: At most so many requests per batch.
+        max_batch_delay: Milliseconds to wait for a batch to fill.
+        foreground: Whether to log to the console too.
+    """
+
+    port: int = 8080
+    host: str = "127.0.0.1"
+    workers: int = 1
+    device: str = "auto"
+    backend: str = "auto"
+    token_auth: bool = False
+    batch_size: int = 32
+    max_batch_delay: int = 1
+    foreground: bool = False
+
+    def __post_init__(self) -> None:
+        for name, low, high in (
+            ("port", 1024, 65533),
+            ("workers", 1, 256),
+            ("batch_size", 1, 1024),
+            ("max_batch_delay", 1, 10_000),
+        ):
+            value = getattr(self, name)
+            if not low <= value <= high:
+                raise UsageError(
+                    f"--{name.replace('_', '-')} {value}",
+                    f"a number from {low} to {high}",
+                    "choose another value",
+                )
+
+    @property
+    def management_port(self) -> int:
+        """Where TorchServe's management API answers, on loopback."""
+        return self.port + 1
+
+    @property
+    def metrics_port(self) -> int:
+        """Where Prometheus text is given, on loopback."""
+        return self.port + 2
+
+
+def gpu_count() -> int:
+    """Return how many NVIDIA GPUs workers may use, without importing torch."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    present = len(list(Path("/dev").glob("nvidia[0-9]*")))
+    if visible is None or not present:
+        return present
+    return len([device for device in visible.split(",") if device.strip() not in ("", "-1")])
+
+
+def _gpus(settings: Settings) -> int:
+    found = 0 if settings.device == "cpu" else gpu_count()
+    if settings.device == "cuda" and not found:
+        raise BackendError(
+            "--device cuda: no NVIDIA GPU is visible",
+            "a GPU and its driver, not hidden by CUDA_VISIBLE_DEVICES",
+            "use --device auto or cpu; mambamic doctor shows what is there",
+        )
+    return found
+
+
+def config_properties(settings: Settings, folder: ServerFolder, archives: list[str]) -> str:
+    """Return TorchServe's configuration.
+
+    Args:
+        settings: What was asked for.
+        folder: The server's folder.
+        archives: File names in the folder's store.
+
+    Raises:
+        BackendError: A GPU was asked for and none is there.
+    """
+    lines = {
+        "inference_address": f"http://{settings.host}:{settings.port}",
+        "management_address": f"http://127.0.0.1:{settings.management_port}",
+        "metrics_address": f"http://127.0.0.1:{settings.metrics_port}",
+        "grpc_inference_address": "127.0.0.1",
+        "grpc_management_address": "127.0.0.1",
+        # The system chooses: so servers on one machine do not meet.
+        "grpc_inference_port": "0",
+        "grpc_management_port": "0",
+        "model_store": str(folder.store),
+        "load_models": ",".join(archives),
+        "allowed_urls": f"file://{folder.store}/.*",
+        "enable_model_api": "false",
+        "disable_token_authorization": str(not settings.token_auth).lower(),
+        "install_py_dep_per_model": "false",
+        "enable_envvars_config": "false",
+        "number_of_gpu": str(_gpus(settings)),
+        "default_workers_per_model": str(settings.workers),
+        "job_queue_size": str(QUEUE_SIZE),
+        "default_response_timeout": str(RESPONSE_TIMEOUT_S),
+        "max_request_size": str(MAX_REQUEST_BYTES),
+        "max_response_size": str(MAX_RESPONSE_BYTES),
+        "decode_input_request": "false",
+        "metrics_mode": "prometheus",
+    }
+    return "".join(f"{key}={value}\n" for key, value in lines.items())
+
+
+def log_config(settings: Settings, logs: Path) -> str:
+    """Return the frontend's logging configuration: files that roll over, console on request."""
+    files = "".join(
+        _LOG_FILE.format(name=name, folder=logs, exceptions=exceptions)
+        for name, exceptions in _LOG_FILES.items()
+    )
+    console = '      <AppenderRef ref="console"/>\n' if settings.foreground else ""
+    text = LOG_CONFIG.replace("FILES", files).replace("ROOT", console)
+    return text.replace("CONSOLE", str(settings.foreground).lower())
+
+
+def command(java: Java, folder: ServerFolder, scratch: Path, python: str) -> list[str]:
+    """Return the command line of the frontend, Java itself and no wrapper around it.
+
+    Args:
+        java: The runtime.
+        folder: The server's folder.
+        scratch: Its temporary folder, with a short path: worker sockets live there.
+        python: The interpreter of the workers.
+
+    Raises:
+        ServerError: TorchServe is not installed.
+    """
+    home = _torchserve_home()
+    # A body is held a few times over on its way to a worker; the limit is a cap, not a claim.
+    heap = min(max(psutil.virtual_memory().total // 4, 1 << 29), 1 << 32) >> 20
+    return [
+        str(java.executable),
+        *java.options(),
+        "-Xms64m",
+        f"-Xmx{heap}m",
+        f"-XX:MaxDirectMemorySize={heap}m",
+        "-XX:+ExitOnOutOfMemoryError",
+        f"-Dmodel_server_home={home}",
+        f"-Djava.io.tmpdir={scratch}",
+        f"-Dlog4j.configurationFile={folder.log_config.as_uri()}",
+        "-cp",
+        str(home / "ts" / "frontend" / "*"),
+        MAIN_CLASS,
+        "--python",
+        python,
+        "-f",
+        str(folder.config),
+        "-s",
+        str(folder.store),
+        "-ncs",
+    ]
+
+
+def _torchserve_home() -> Path:
+    from importlib.util import find_spec
+
+    spec = find_spec("ts")
+    if spec is None or spec.origin is None:
+        raise ServerError(
+            "TorchServe is not installed",
+            "torchserve 0.12.0 beside mambamic",
+            "run pip install 'mambamic[serve]'",
+        )
+    return Path(spec.origin).parent.parent
+
+
+def environment(folder: ServerFolder, logs: Path, scratch: Path, threads: int) -> dict[str, str]:
+    """Return the environment of the frontend, which the workers inherit.
+
+    Args:
+        folder: The server's folder.
+        logs: Where to log.
+        scratch: The temporary folder.
+        threads: How many threads a worker computes with, unless the user has said so.
+    """
+    ours = {key: value for key, value in os.environ.items() if not key.startswith("TS_")}
+    ours.setdefault("OMP_NUM_THREADS", str(threads))
+    # Workers run the mambamic that starts them, also from a checkout that is not installed.
+    root = str(Path(__file__).resolve().parents[2])
+    ours["PYTHONPATH"] = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
+    return {
+        **ours,
+        GATE_VARIABLE: str(folder.gate),
+        "LOG_LOCATION": str(logs),
+        "METRICS_LOCATION": str(logs),
+        "TMPDIR": str(scratch),
+        "TS_DECODE_INPUT_REQUEST": "false",
+    }

@@ -1,0 +1,298 @@
+from __future__ import annotations
+
+import io
+import json
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from ts.context import Context
+from ts.service import Service
+
+from mambamic import Classifier
+from mambamic.errors import CheckpointError, UsageError
+from mambamic.export.archive import write_archive
+from mambamic.handlers.gate import VARIABLE, Gate
+from mambamic.handlers.service import ImageClassifier
+
+from .random_checkpoint import CLASSES, write_random_checkpoint
+
+Fields = list[tuple[str, str, bytes]]
+
+
+def png(seed: int) -> bytes:
+    pixels = np.random.default_rng(seed).integers(0, 256, (80, 64, 3), np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def packed(files: dict[str, bytes]) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+    return buffer.getvalue()
+
+
+def as_sent(fields: Fields, headers: dict[str, str] | None = None) -> dict[str, Any]:
+    """What TorchServe's worker reads from its socket for one request."""
+    return {
+        "requestId": b"id",
+        "headers": [
+            {"name": name.encode(), "value": value.encode()}
+            for name, value in (headers or {}).items()
+        ],
+        "parameters": [
+            {"name": name, "contentType": content_type, "value": bytearray(value)}
+            for name, content_type, value in fields
+        ],
+    }
+
+
+class Worker:
+    """The handler with TorchServe's own context and request parsing around it."""
+
+    def __init__(self, model_dir: Path) -> None:
+        manifest = json.loads((model_dir / "MAR-INF" / "MANIFEST.json").read_text())
+        config = yaml.safe_load((model_dir / "model-config.yaml").read_text())
+        self.context = Context(
+            "cells", str(model_dir), manifest, 32, None, "0.12.0", model_yaml_config=config
+        )
+        self.handler = ImageClassifier()
+        self.handler.initialize(self.context)
+
+    def answer(self, *requests: dict[str, Any]) -> list[tuple[int, Any]]:
+        processors, inputs, _ = Service.retrieve_data_for_inference(list(requests))
+        self.context.request_processor = processors
+        bodies = self.handler.handle(inputs, self.context)
+        assert len(bodies) == len(requests)
+        for index in range(len(requests)):
+            assert self.context.get_response_content_type(index) == "application/json"
+        return [
+            (self.context.get_response_status(index)[0], json.loads(body))
+            for index, body in enumerate(bodies)
+        ]
+
+    def answer_one(self, fields: Fields) -> tuple[int, Any]:
+        return self.answer(as_sent(fields))[0]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_random_checkpoint(tmp_path_factory.mktemp("checkpoint") / "random")
+
+
+@pytest.fixture(scope="module")
+def model_dir(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("unpacked")
+    archive = write_archive(
+        checkpoint, folder.parent / "cells.mar", model_name="cells", version="2.1"
+    )
+    with zipfile.ZipFile(archive) as packed_model:
+        packed_model.extractall(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def worker(model_dir: Path) -> Iterator[Worker]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv(VARIABLE, raising=False)
+        made = Worker(model_dir)
+    yield made
+    made.handler.close()
+
+
+def test_one_image_gets_the_answer_of_the_library(worker: Worker, checkpoint: Path) -> None:
+    status, body = worker.answer_one([("image", "image/png", png(1))])
+    image = Image.open(io.BytesIO(png(1)))
+    (prediction,) = Classifier.load(checkpoint, device="cpu").predict([image])
+    assert status == 200
+    assert body.pop("model") == "cells"
+    assert body.pop("version") == "2.1"
+    assert body == prediction.as_json()
+    assert set(body["probabilities"]) == set(CLASSES)
+
+
+def test_each_request_of_a_batch_has_its_own_status(worker: Worker) -> None:
+    answers = worker.answer(
+        as_sent([("image", "image/png", png(1))]),
+        as_sent([("image", "image/png", b"not an image")]),
+        as_sent([]),
+        as_sent([("body", "text/plain", b"hello")]),
+        as_sent([("image", "image/png", png(2))]),
+    )
+    assert [status for status, _ in answers] == [200, 400, 400, 415, 200]
+    assert ["error" in body for _, body in answers] == [False, True, True, True, False]
+    assert answers[1][1]["error"]["code"] == "decode_failed"
+
+
+def test_bad_tiles_among_several_are_error_objects(worker: Worker) -> None:
+    status, body = worker.answer_one(
+        [("a", "image/png", png(1)), ("b", "image/png", b"junk"), ("c", "image/png", png(2))]
+    )
+    assert status == 200
+    assert [entry["name"] for entry in body] == ["a", "b", "c"]
+    assert ["error" in entry for entry in body] == [False, True, False]
+    alone = worker.answer_one([("image", "image/png", png(2))])[1]
+    assert body[2]["label"] == alone["label"]
+    for name, probability in alone["probabilities"].items():
+        assert body[2]["probabilities"][name] == pytest.approx(probability, abs=1e-6)
+
+
+def test_it_fails_only_if_every_tile_did(worker: Worker) -> None:
+    status, body = worker.answer_one([("a", "", b"junk"), ("b", "", b"junk")])
+    assert status == 400
+    assert [entry["error"]["code"] for entry in body] == ["decode_failed"] * 2
+
+
+def test_a_zip_of_more_tiles_than_one_part(worker: Worker) -> None:
+    files = {f"tile{index}.png": png(index % 3) for index in range(130)}
+    files["tile77.png"] = b"junk"
+    status, body = worker.answer_one([("image", "application/zip", packed(files))])
+    assert status == 200
+    assert [entry["name"] for entry in body] == list(files)
+    assert [index for index, entry in enumerate(body) if "error" in entry] == [77]
+    assert body[0]["probabilities"] == pytest.approx(body[129]["probabilities"], abs=1e-5)
+
+
+def test_repeated_fields_are_refused(worker: Worker) -> None:
+    status, body = worker.answer_one([("image", "", png(1)), ("image", "", png(2))])
+    assert status == 400
+    assert "'image'" in body["error"]["message"]
+    assert "ZIP" in body["error"]["message"]
+
+
+def test_it_describes_itself(worker: Worker) -> None:
+    ((status, body),) = worker.answer(as_sent([], {"describe": "True"}))
+    assert status == 200
+    assert (body["model"], body["version"], body["device"]) == ("cells", "2.1", "cpu")
+    assert body["backend"] == worker.handler._classifier.backend
+
+
+def test_an_explanation_is_not_answered_with_a_prediction(worker: Worker) -> None:
+    ((status, body),) = worker.answer(
+        as_sent([("image", "image/png", png(1))], {"explain": "True"})
+    )
+    assert status == 400
+    assert "/predictions/cells" in body["error"]["message"]
+
+
+@pytest.mark.parametrize(("largest", "answered"), [(4, 200), (3, 500)])
+def test_after_running_out_of_memory_each_half_is_tried_once(
+    worker: Worker, largest: int, answered: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    sizes = []
+
+    def run_out(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        del module
+        sizes.append(len(inputs[0]))
+        if len(inputs[0]) > largest:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    hook = worker.handler._classifier._model.register_forward_pre_hook(run_out)
+    try:
+        request = as_sent([("image", "image/png", png(1))])
+        answers = worker.answer(*[request] * 7, as_sent([("image", "", b"junk")]))
+    finally:
+        hook.remove()
+    assert sizes == [7, 4, 3]
+    # Of seven the halves have four and three.
+    assert [status for status, _ in answers] == [answered] * 4 + [200] * 3 + [400]
+    if answered == 500:
+        assert answers[0][1]["error"]["code"] == "inference_failed"
+    assert "out of memory" in caplog.text
+    assert worker.answer_one([("image", "image/png", png(1))])[0] == 200
+
+
+def test_probabilities_that_are_no_numbers_are_an_error(worker: Worker) -> None:
+    def spoil(module: torch.nn.Module, inputs: object, output: torch.Tensor) -> torch.Tensor:
+        del module, inputs
+        output[0] = torch.nan
+        return output
+
+    hook = worker.handler._classifier._model.register_forward_hook(spoil)
+    try:
+        answers = worker.answer(*[as_sent([("image", "image/png", png(1))])] * 2)
+    finally:
+        hook.remove()
+    assert [status for status, _ in answers] == [500, 200]
+
+
+def test_a_stopping_server_refuses(
+    model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(VARIABLE, str(tmp_path))
+    worker = Worker(model_dir)
+    try:
+        assert worker.answer_one([("image", "image/png", png(1))])[0] == 200
+        Gate(tmp_path).close()
+        status, body = worker.answer_one([("image", "image/png", png(1))])
+        assert (status, body["error"]["code"]) == (503, "unavailable")
+    finally:
+        worker.handler.close()
+
+
+@pytest.mark.parametrize("version", ["0.0.9", "0.99.0", "1.0.0"])
+def test_an_archive_of_another_version_is_refused(
+    model_dir: Path, version: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mambamic.handlers.service.__version__", "0.1.7")
+    with pytest.raises(CheckpointError, match=version):
+        _initialize(model_dir, {"version": version})
+
+
+@pytest.mark.parametrize("section", [None, {}, "0.1.0"])
+def test_an_archive_without_a_version_is_refused(model_dir: Path, section: object) -> None:
+    with pytest.raises(CheckpointError, match="mambamic archive"):
+        _initialize(model_dir, section)
+
+
+@pytest.mark.parametrize("decoders", [-1, "4", 1.5, True])
+def test_decoders_must_be_a_number(model_dir: Path, decoders: object) -> None:
+    with pytest.raises(UsageError, match="decoders"):
+        _initialize(model_dir, {"version": "0.1.0", "decoders": decoders})
+
+
+def test_tiles_are_decoded_in_processes_where_asked_for(model_dir: Path) -> None:
+    config = {"version": _written_version(model_dir), "decoders": 1}
+    context = Context(
+        "cells",
+        str(model_dir),
+        {"model": {}},
+        32,
+        None,
+        "0",
+        model_yaml_config={"mambamic": config},
+    )
+    handler = ImageClassifier()
+    handler.initialize(context)
+    try:
+        processors, inputs, _ = Service.retrieve_data_for_inference(
+            [as_sent([("image", "image/png", png(1))]), as_sent([("image", "", b"junk")])]
+        )
+        context.request_processor = processors
+        good, bad = (json.loads(body) for body in handler.handle(inputs, context))
+        assert good["label"] in CLASSES
+        assert bad["error"]["code"] == "decode_failed"
+    finally:
+        handler.close()
+
+
+def _written_version(model_dir: Path) -> str:
+    config = yaml.safe_load((model_dir / "model-config.yaml").read_text())
+    return str(config["mambamic"]["version"])
+
+
+def _initialize(model_dir: Path, section: object) -> None:
+    config = {"mambamic": section}
+    context = Context(
+        "cells", str(model_dir), {"model": {}}, 1, None, "0", model_yaml_config=config
+    )
+    ImageClassifier().initialize(context)

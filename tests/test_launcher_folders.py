@@ -1,0 +1,45 @@
+from __future__ import annotations
+
+import os
+import stat
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+
+from mambamic.launcher.folders import Record, ServerFolder, state_root
+
+RECORD = Record(1, 2.5, "127.0.0.1", 8080, "/tmp/x", "logs", ["mambamic/1.0"])
+
+
+def test_the_state_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("MAMBAMIC_STATE", str(tmp_path / "chosen"))
+    assert state_root() == tmp_path / "chosen"
+    assert ServerFolder.of_port(8080).root == tmp_path / "chosen" / "serve-8080"
+    monkeypatch.delenv("MAMBAMIC_STATE")
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    assert state_root() == tmp_path / "mambamic"
+    monkeypatch.delenv("XDG_STATE_HOME")
+    assert state_root() == Path.home() / ".local" / "state" / "mambamic"
+
+
+def test_a_record_survives(tmp_path: Path) -> None:
+    folder = ServerFolder(tmp_path / "serve")
+    assert folder.read() is None
+    folder.create()
+    assert stat.S_IMODE(folder.root.stat().st_mode) == 0o700
+    folder.write(RECORD)
+    assert folder.read() == RECORD
+    (folder.root / "server.json").write_text("{}")
+    assert folder.read() is None
+    folder.forget()
+    assert folder.read() is None
+
+
+def test_another_process_with_the_pid_is_not_the_server() -> None:
+    own = psutil.Process()
+    # Neither by its time of creation nor by what it runs is this process a server.
+    assert replace(RECORD, pid=os.getpid(), created=own.create_time()).process() is None
+    assert replace(RECORD, pid=os.getpid(), created=time.time() - 1e6).process() is None

@@ -1,0 +1,103 @@
+from __future__ import annotations
+
+import os
+import xml.etree.ElementTree as ElementTree
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mambamic.errors import BackendError, UsageError
+from mambamic.handlers.gate import VARIABLE
+from mambamic.launcher.folders import ServerFolder
+from mambamic.launcher.java import Java
+from mambamic.launcher.settings import (
+    Settings,
+    command,
+    config_properties,
+    environment,
+    gpu_count,
+    log_config,
+)
+
+
+def properties(settings: Settings, folder: ServerFolder) -> dict[str, str]:
+    text = config_properties(settings, folder, ["0.mar", "1.mar"])
+    return dict(line.split("=", 1) for line in text.splitlines())
+
+
+def test_everything_is_bound_to_loopback(tmp_path: Path) -> None:
+    stated = properties(Settings(port=9000), ServerFolder(tmp_path))
+    assert stated["inference_address"] == "http://127.0.0.1:9000"
+    assert stated["management_address"] == "http://127.0.0.1:9001"
+    assert stated["metrics_address"] == "http://127.0.0.1:9002"
+    assert stated["grpc_inference_address"] == stated["grpc_management_address"] == "127.0.0.1"
+    assert stated["allowed_urls"] == f"file://{tmp_path}/models/.*"
+    assert stated["enable_model_api"] == "false"
+    assert stated["load_models"] == "0.mar,1.mar"
+
+
+def test_only_predictions_follow_the_host(tmp_path: Path) -> None:
+    stated = properties(Settings(host="0.0.0.0"), ServerFolder(tmp_path))
+    addresses = {key for key, value in stated.items() if "0.0.0.0" in value}
+    assert addresses == {"inference_address"}
+
+
+@pytest.mark.parametrize(("asked", "stated"), [(False, "true"), (True, "false")])
+def test_tokens_on_request(tmp_path: Path, asked: bool, stated: str) -> None:
+    found = properties(Settings(token_auth=asked), ServerFolder(tmp_path))
+    assert found["disable_token_authorization"] == stated
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("port", 80), ("port", 65534), ("workers", 0), ("batch_size", 0), ("max_batch_delay", 0)],
+)
+def test_numbers_are_checked(name: str, value: Any) -> None:
+    with pytest.raises(UsageError, match=f"--{name.replace('_', '-')} {value}"):
+        replace(Settings(), **{name: value})
+
+
+def test_hidden_gpus_are_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert gpu_count() == 0
+    assert properties(Settings(), ServerFolder(tmp_path))["number_of_gpu"] == "0"
+    with pytest.raises(BackendError, match="--device cuda"):
+        properties(Settings(device="cuda"), ServerFolder(tmp_path))
+
+
+def test_the_frontend_is_started_without_a_wrapper(tmp_path: Path) -> None:
+    java = Java(Path("/opt/java/bin/java"), 17, "PATH")
+    line = command(java, ServerFolder(tmp_path), tmp_path / "scratch", "python3")
+    assert line[0] == "/opt/java/bin/java"
+    assert f"-Djava.io.tmpdir={tmp_path}/scratch" in line
+    (jar_folder,) = [Path(entry).parent for entry in line if entry.endswith("frontend/*")]
+    assert (jar_folder / "model-server.jar").exists()
+
+
+def test_workers_get_the_gate_and_not_the_users_torchserve_settings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TS_CONFIG_FILE", "elsewhere")
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    folder = ServerFolder(tmp_path)
+    variables = environment(folder, tmp_path / "logs", tmp_path / "scratch", 3)
+    assert variables[VARIABLE] == str(folder.gate)
+    assert "TS_CONFIG_FILE" not in variables
+    assert variables["OMP_NUM_THREADS"] == "3"
+    assert (Path(variables["PYTHONPATH"].split(os.pathsep)[0]) / "mambamic").is_dir()
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert environment(folder, tmp_path, tmp_path, 3)["OMP_NUM_THREADS"] == "1"
+
+
+@pytest.mark.parametrize("foreground", [False, True])
+def test_the_log_files_roll_over_and_the_console_is_for_the_foreground(
+    tmp_path: Path, foreground: bool
+) -> None:
+    root = ElementTree.fromstring(log_config(Settings(foreground=foreground), tmp_path))
+    files = [entry.get("fileName") for entry in root.iter("RollingFile")]
+    assert f"{tmp_path}/model_log.log" in files
+    assert len(list(root.iter("SizeBasedTriggeringPolicy"))) == len(files)
+    (logger,) = root.iter("Root")
+    assert ("console" in [entry.get("ref") for entry in logger]) == foreground
