@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import shutil
 import tempfile
@@ -16,8 +17,6 @@ from mambamic.config import Config
 from mambamic.errors import CheckpointError, UsageError
 
 if TYPE_CHECKING:
-    import os
-
     from torch import Tensor
 
 CONFIG_FILE = "config.json"
@@ -148,16 +147,29 @@ def save_checkpoint(
     )
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
-        fresh, old = Path(temporary, "new"), Path(temporary, "old")
+        fresh = Path(temporary, "new")
         fresh.mkdir()
         (fresh / CONFIG_FILE).write_text(config.to_json(), encoding="utf-8")
         (fresh / WEIGHTS_FILE).write_bytes(data)
         (fresh / CARD_FILE).write_text(card, encoding="utf-8")
-        if folder.exists():
-            folder.rename(old)
-        fresh.rename(folder)
-        shutil.rmtree(old, ignore_errors=True)
+        _exchange(fresh, folder)
     return Checkpoint(folder, config)
+
+
+def _exchange(fresh: Path, folder: Path) -> None:
+    """Put ``fresh`` in the place of ``folder``, which comes back if that fails."""
+    if not folder.exists():
+        fresh.rename(folder)
+        return
+    # Beside the temporary folder, not in it: whatever happens, its clean-up must not take this.
+    old = folder.with_name(f"{folder.name}.replaced-{os.getpid()}")
+    folder.rename(old)
+    try:
+        fresh.rename(folder)
+    except BaseException:
+        old.rename(folder)
+        raise
+    shutil.rmtree(old)
 
 
 def _storable(key: str, tensor: Tensor, half: bool) -> Tensor:

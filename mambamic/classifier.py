@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,11 +19,15 @@ from mambamic._version import __version__
 from mambamic.checkpoint import Checkpoint, load_checkpoint
 from mambamic.config import Config
 from mambamic.errors import BackendError, ShapeError, UsageError
+from mambamic.images import to_rgb
 from mambamic.models import create_model, load_exactly, set_scan_backend
 from mambamic.preprocess import Pixels
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _MAX_BATCH = {"cpu": 32, "cuda": 256}
+# On a GPU every batch size that cuDNN sees for the first time costs it seconds of planning, so
+# that only few are shown to it. Up to the middle one a GPU takes about as long for any batch.
+_BUCKETS = (1, 32, 256)
 
 
 @dataclass(frozen=True)
@@ -41,11 +45,11 @@ class Prediction:
     probabilities: dict[str, float]
 
     def as_json(self) -> dict[str, Any]:
-        """Return it as an object that JSON can hold."""
+        """Return it as an object that JSON can hold, with six significant digits."""
         return {
             "label": self.label,
-            "probability": self.probability,
-            "probabilities": dict(self.probabilities),
+            "probability": _six_digits(self.probability),
+            "probabilities": {name: _six_digits(p) for name, p in self.probabilities.items()},
         }
 
 
@@ -115,13 +119,15 @@ class Classifier:
         """Classify images.
 
         Args:
-            images: PIL images, or (H, W, 3) uint8 RGB arrays, of any size.
+            images: PIL images of any mode, which are converted as files are, or (H, W, 3) uint8
+                RGB arrays; of any size.
 
         Returns:
             One prediction per image, in order.
 
         Raises:
             ShapeError: An array of another shape or type.
+            DecodeError: A PIL image with damaged pixels.
         """
         pixels = [
             self.preprocess.pixels(_as_image(image, place)) for place, image in enumerate(images)
@@ -148,12 +154,26 @@ class Classifier:
                 "use Classifier.predict, or bring them to this form with Preprocess.pixels",
             )
         result = np.empty((len(pixels), len(self.config.classes)), np.float32)
-        for start in range(0, len(pixels), self.max_batch):
-            part = slice(start, start + self.max_batch)
+        start = 0
+        for images, batch_size in self._batches(len(pixels)):
+            part = slice(start, start + images)
             # A copy where the array is read-only or strided: torch takes neither.
             batch = torch.from_numpy(np.require(pixels[part], requirements=["C", "W"]))
-            result[part] = self._probabilities(batch.to(self.device)).cpu().numpy()
+            batch = batch.to(self.device)
+            if batch_size > images:
+                batch = torch.cat([batch, batch[-1:].expand(batch_size - images, -1, -1, -1)])
+            result[part] = self._probabilities(batch)[:images].cpu().numpy()
+            start += images
         return result
+
+    def _batches(self, count: int) -> Iterator[tuple[int, int]]:
+        if self.device.type == "cuda":
+            smaller = [size for size in _BUCKETS if size < self.max_batch]
+            yield from bucketed(count, [*smaller, self.max_batch])
+            return
+        for start in range(0, count, self.max_batch):
+            images = min(self.max_batch, count - start)
+            yield images, images
 
     def predictions(self, probabilities: NDArray[np.float32]) -> list[Prediction]:
         """Name the classes that rows of probabilities stand for.
@@ -171,9 +191,12 @@ class Classifier:
         return predictions
 
     def warm_up(self) -> None:
-        """Classify blank images once, so that no user waits for kernels to be compiled."""
+        """Classify blank images once, so that no user waits for kernels to be compiled.
+
+        The largest bucket of a GPU is left out: only bulk work comes to it, and can wait.
+        """
         size = self.config.input_size
-        for batch in sorted({1, self.max_batch}):
+        for batch in sorted({1, min(self.max_batch, _BUCKETS[1])}):
             self.probabilities(np.zeros((batch, size, size, 3), np.uint8))
 
     def describe(self) -> dict[str, Any]:
@@ -205,6 +228,30 @@ class Classifier:
             logits: Tensor = self._model(x)
         logits = logits.float() / (self.config.temperature or 1.0)
         return logits.softmax(1) if self.config.head == "softmax" else logits.sigmoid()
+
+
+def bucketed(count: int, buckets: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Split a batch into parts of few sizes.
+
+    Args:
+        count: Images.
+        buckets: The sizes, ascending.
+
+    Yields:
+        How many of the images go together, and the size to which they are padded: the next
+        bucket, unless that is past the second one and would be less than half full.
+    """
+    while count:
+        above = next((size for size in buckets if size >= count), buckets[-1])
+        full = max((size for size in buckets if size <= count), default=above)
+        size = above if above in buckets[:2] or 2 * count >= above else full
+        images = min(count, size)
+        yield images, size
+        count -= images
+
+
+def _six_digits(value: float) -> float:
+    return float(f"{value:.6g}")
 
 
 def find_device(name: str) -> torch.device:
@@ -248,7 +295,7 @@ def _device_name(device: torch.device) -> str:
 
 def _as_image(image: Image.Image | Pixels, index: int) -> Image.Image:
     if isinstance(image, Image.Image):
-        return image
+        return to_rgb(image)
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
         raise ShapeError(
             f"image {index} is an array of shape {image.shape} and type {image.dtype}",

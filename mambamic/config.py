@@ -129,7 +129,9 @@ def _frozen(value: Any) -> Any:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    # JSON holds whole numbers of any length; beyond these no float can follow.
+    whole = type(value) is int and abs(value) < 2**53
+    return whole or (isinstance(value, float) and math.isfinite(value))
 
 
 def _is_positive(value: Any) -> bool:

@@ -73,11 +73,23 @@ def decode(data: BytesLike, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
         DecodeError: The bytes are not an image of a format in ``FORMATS``, or a damaged one.
         TooLargeError: More than ``max_pixels``, or a decompression bomb.
     """
-    image = _open(data, max_pixels)
+    return to_rgb(_open(data, max_pixels))
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Convert an image that Pillow has opened into 8-bit RGB, by the rule of this module.
+
+    Raises:
+        DecodeError: Its pixels are damaged, or of a kind that has no rule.
+        TooLargeError: It is a decompression bomb.
+    """
     try:
         # Pixels first: on some formats reading the metadata decodes, and hides, damaged pixels.
         image.load()
-        return _to_rgb(_upright(image))
+        rgb = _flat_rgb(_upright(image))
+        # Nothing is left to apply: an orientation that stayed would be applied again.
+        rgb.info = {}
+        return rgb
     except MambamicError:
         raise
     except MemoryError as error:
@@ -145,7 +157,7 @@ def _check_size(size: tuple[int, int], tile: int, max_pixels: int) -> None:
         )
 
 
-def _upright(image: ImageFile) -> Image.Image:
+def _upright(image: Image.Image) -> Image.Image:
     try:
         orientation = image.getexif().get(ExifTag.Orientation, 1)
     # Damaged metadata raises as many kinds of error as damaged pixels, and is no reason to refuse.
@@ -156,7 +168,7 @@ def _upright(image: ImageFile) -> Image.Image:
     return image.transpose(_TRANSPOSE[orientation])
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def _flat_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "I" or image.mode.startswith("I;16"):
         return _from_integers(image)
     if image.mode == "F":

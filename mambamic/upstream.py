@@ -36,12 +36,14 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise _unreadable(path, error.strerror or str(error), "check the path") from error
+    # torch's own words here tell how to load the file in spite of it, and are not passed on.
     except pickle.UnpicklingError as error:
-        reason = str(error).split("\n", 1)[0]
+        reason = "it is not a torch file, or holds more than tensors: code that would be run"
         raise _unreadable(path, reason, "save model.state_dict() alone, and import that") from error
     # A damaged archive is reported as RuntimeError, EOFError, KeyError or ValueError.
     except (RuntimeError, EOFError, LookupError, ValueError) as error:
-        raise _unreadable(path, str(error), "get the file again") from error
+        reason = f"damaged, or not a torch file: {type(error).__name__}"
+        raise _unreadable(path, reason, "get the file again") from error
     stated = _unwrapped(content)
     weights = {
         str(key).removeprefix(_DATA_PARALLEL): value

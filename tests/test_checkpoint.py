@@ -118,6 +118,24 @@ def test_checkpoint_is_replaced(folder: Path, weights: dict[str, torch.Tensor]) 
     assert [entry.name for entry in folder.parent.iterdir()] == [folder.name]
 
 
+def test_an_interrupted_replacement_leaves_the_old_checkpoint(
+    folder: Path, weights: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Interrupted between the two renames, at the one moment when neither is in place."""
+    rename = Path.rename
+
+    def interrupted(self: Path, target: Path) -> Path:
+        if self.name == "new":
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        save_checkpoint(folder, CONFIG, weights, "# Second\n")
+    assert load_checkpoint(folder).card() == "# A test\n"
+    assert [entry.name for entry in folder.parent.iterdir()] == [folder.name]
+
+
 def test_other_files_are_not_deleted(folder: Path) -> None:
     (folder / "notes.txt").write_text("mine")
     with pytest.raises(UsageError, match=r"notes\.txt is in the way"):

@@ -14,9 +14,10 @@ from PIL import Image
 
 from mambamic import Classifier, create_model
 from mambamic.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from mambamic.classifier import find_device
+from mambamic.classifier import Prediction, bucketed, find_device
 from mambamic.config import Config
 from mambamic.errors import BackendError, CheckpointError, ShapeError, UsageError
+from mambamic.images import decode
 
 RNG = np.random.default_rng(11)
 # Blobs of colour: with noise alone every image would look alike to the network.
@@ -98,11 +99,58 @@ def test_prediction(classifier: Classifier) -> None:
     assert prediction.probability == max(prediction.probabilities.values())
     assert sum(prediction.probabilities.values()) == pytest.approx(1, abs=1e-5)
     as_json = json.loads(json.dumps(prediction.as_json()))
-    assert as_json == {
-        "label": prediction.label,
-        "probability": prediction.probability,
-        "probabilities": prediction.probabilities,
-    }
+    assert as_json["label"] == prediction.label
+    assert as_json["probability"] == pytest.approx(prediction.probability, rel=1e-5)
+    assert as_json["probabilities"] == pytest.approx(prediction.probabilities, rel=1e-5)
+    assert list(as_json["probabilities"]) == list("abcdefgh")
+    small = Prediction("a", 1.0, {"a": 1.0, "b": 1.23456789e-12})
+    assert small.as_json()["probabilities"]["b"] == 1.23457e-12
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "LA", "P", "1", "L", "I;16", "CMYK", "F"])
+def test_a_pil_image_is_read_as_the_same_file_is(
+    mode: str, classifier: Classifier, tmp_path: Path
+) -> None:
+    """An image that the caller opened takes the same way as one that came as bytes."""
+    ramp = np.linspace(0, 1, 90 * 90).reshape(90, 90)
+    if mode == "I;16":
+        image = Image.fromarray((ramp * 65535).astype(np.uint16))
+    elif mode == "F":
+        image = Image.fromarray(ramp.astype(np.float32))
+    else:
+        image = Image.fromarray(TILES[0]).convert(mode)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    path = tmp_path / "image.tif"
+    image.save(path, exif=exif) if mode != "F" else image.save(path)
+    expected = classifier.predict([decode(path.read_bytes())])
+    with Image.open(path) as opened:
+        assert classifier.predict([opened]) == expected
+
+
+@pytest.mark.parametrize(
+    ("count", "parts"),
+    [
+        (0, []),
+        (1, [(1, 1)]),
+        (2, [(2, 32)]),
+        (32, [(32, 32)]),
+        (33, [(32, 32), (1, 1)]),
+        (64, [(32, 32), (32, 32)]),
+        (128, [(128, 256)]),
+        (300, [(256, 256), (32, 32), (12, 32)]),
+    ],
+)
+def test_few_batch_sizes(count: int, parts: list[tuple[int, int]]) -> None:
+    assert list(bucketed(count, (1, 32, 256))) == parts
+
+
+def test_every_image_is_in_a_batch() -> None:
+    for buckets in ((1,), (1, 32), (1, 20), (1, 32, 256), (1, 32, 40)):
+        for count in range(600):
+            batches = list(bucketed(count, buckets))
+            assert sum(images for images, _ in batches) == count
+            assert all(images <= size and size in buckets for images, size in batches)
 
 
 @pytest.mark.parametrize("head", ["softmax", "sigmoid"])

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -107,11 +109,41 @@ def test_predict_json(
     assert second["error"]["code"] == "decode_failed"
 
 
+def test_a_batch_size_that_makes_no_sense(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as status:
+        main(["predict", "nowhere", "x.png", "--batch-size", "0"])
+    assert status.value.code == 2
+    assert "--batch-size: '0'; expected a whole number of at least 1" in capsys.readouterr().err
+
+
+def test_a_missing_extra_is_named(root: Path) -> None:
+    """In an environment without torch every command says what to install."""
+    hide = "import sys; sys.modules['torch'] = None; sys.modules['pytorch_lightning'] = None\n"
+    for call, extra in (("['predict', 'a', 'b']", "torch"), ("['train', '--help']", "torch")):
+        code = hide + f"from mambamic.cli import main; sys.exit(main({call}))"
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=False
+        )
+        if done.returncode == 0:  # a command whose help needs none of it
+            assert "example" in done.stdout
+            continue
+        assert done.returncode == 2
+        assert f"pip install 'mambamic[{extra}]'" in done.stderr
+
+
+def test_a_reader_that_has_enough(random_checkpoint: Path, cell: str, root: Path) -> None:
+    command = f"{sys.executable} -m mambamic predict {random_checkpoint} {cell} {cell} | head -c 5"
+    done = subprocess.run(
+        ["bash", "-c", command], cwd=root, capture_output=True, text=True, check=False
+    )
+    assert len(done.stdout) == 5
+    assert done.stderr == ""
+
+
 @pytest.mark.parametrize(
     ("arguments", "status", "message"),
     [
         (["nowhere", "x.png"], 1, "cannot be read"),
-        (["CHECKPOINT", "x.png", "--batch-size", "0"], 2, "max_batch 0"),
         (["CHECKPOINT", "x.png", "--device", "tpu"], 2, "device 'tpu'"),
         (["CHECKPOINT", "x.png", "--device", "cuda:99"], 1, "is not here"),
     ],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 from typing import Protocol, cast
@@ -31,14 +32,34 @@ class Command(Protocol):
         """Do the work and return the exit status."""
 
 
+# What an installation without extras lacks, by the name that fails to import.
+_EXTRAS = {
+    "torch": "torch",
+    "onnxruntime": "ort",
+    "psutil": "serve",
+    "ts": "serve",
+    "yaml": "serve",
+    "kornia": "train",
+    "pytorch_lightning": "train",
+}
+
+
 def _command(name: str) -> Command:
-    module = importlib.import_module(f"mambamic.cli.{name}_command")
-    return cast(Command, module)
+    return cast(Command, importlib.import_module(f"mambamic.cli.{name}_command"))
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit status: 0, 1 (the work failed) or 2 (a wrong call)."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
+def _missing(error: ModuleNotFoundError) -> UsageError:
+    package = (error.name or "").partition(".")[0]
+    if package not in _EXTRAS:
+        raise error
+    return UsageError(
+        f"the package {package!r} is not installed",
+        "an installation with what this command needs",
+        f"pip install 'mambamic[{_EXTRAS[package]}]'",
+    )
+
+
+def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="mambamic", description="Microscopy image classification with state-space models."
     )
@@ -52,14 +73,28 @@ def main(argv: Sequence[str] | None = None) -> int:
         # torch, and more, for nothing.
         if name in arguments[:1]:
             _command(name).configure(sub)
-    args = parser.parse_args(arguments)
+    return parser.parse_args(arguments)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit status: 0, 1 (the work failed) or 2 (a wrong call)."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
     try:
+        args = _parse(arguments)
         return _command(args.command).run(args)
-    except UsageError as error:
-        print(f"mambamic {args.command}: {error}", file=sys.stderr)
-        return 2
+    except ModuleNotFoundError as error:
+        return _report(_missing(error), arguments)
     except MambamicError as error:
-        print(f"mambamic {args.command}: {error}", file=sys.stderr)
+        return _report(error, arguments)
+    except BrokenPipeError:
+        # Whoever reads our output has enough of it (``| head``). Python would complain once more
+        # when it flushes what is left.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except KeyboardInterrupt:
         return 130
+
+
+def _report(error: MambamicError, arguments: Sequence[str]) -> int:
+    print(f"mambamic {arguments[0]}: {error}", file=sys.stderr)
+    return 2 if isinstance(error, UsageError) else 1

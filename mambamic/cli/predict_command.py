@@ -12,6 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 from mambamic.classifier import DTYPES, Classifier, Prediction
+from mambamic.cli.arguments import positive
 from mambamic.decoding import DecodePool
 from mambamic.errors import DecodeError, MambamicError
 from mambamic.kernels import BACKENDS
@@ -36,7 +37,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
     add("--backend", default="auto", choices=BACKENDS, help="of the scan (default: %(default)s)")
     add("--dtype", default="auto", choices=("auto", *DTYPES), help="default: %(default)s")
-    add("--batch-size", type=int, default=32, help="images at a time (default: %(default)s)")
+    add("--batch-size", type=positive, default=32, help="images at a time (default: %(default)s)")
     add("--json", action="store_true", help="print a JSON object per image, all classes in it")
 
 
