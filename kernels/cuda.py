@@ -37,10 +37,6 @@ class _Sizes:
     d_state: int
     rank: int
 
-    @property
-    def tiles(self) -> int:
-        return -(-self.height * self.width // TILE)
-
 
 def unavailable() -> str | None:
     """Return why this backend cannot be used here and how to get it, or None when it can."""
@@ -57,9 +53,8 @@ def unavailable() -> str | None:
 
 
 def describe() -> str:
-    """Return the device and the way the kernel is built, for humans."""
-    major, minor = torch.cuda.get_device_capability()
-    return f"{torch.cuda.get_device_name()}, sm_{major}{minor}, compiled by NVRTC"
+    """Return how the kernel comes about, for humans."""
+    return f"compiled by NVRTC (CUDA {torch.version.cuda})"
 
 
 @functools.cache
@@ -102,8 +97,8 @@ def _launch(
 
     device = tensors[0].device
     assert device.index is not None  # tensors on a GPU always have one
-    kernel = _kernel(device.index, direction, tuple(macros.items()))
     with torch.cuda.device(device):
+        kernel = _kernel(device.index, direction, tuple(macros.items()))
         stream = Stream.from_handle(torch.cuda.current_stream(device).cuda_stream)
         # A pointer goes as a plain Python integer, 64 bits wide; C ints must say their width.
         launch(
@@ -163,7 +158,7 @@ def forward(
         positions, (B, K, tiles, D, N) in float32, empty unless ``keep``.
     """
     sizes = _check(x, projections, dt_weight, A)
-    x, projections = x.contiguous(), projections.to(x.dtype).contiguous()
+    x, projections = x.contiguous(), projections.contiguous()
     dt_weight, dt_bias, A, skip = _prepare(dt_weight, dt_bias, A, skip)
     y = torch.empty_like(x)
     partial = y if y.dtype == torch.float32 else torch.empty_like(x, dtype=torch.float32)
@@ -210,11 +205,11 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of x, projections, dt_weight, dt_bias, A and skip.
 
-    Those of x and projections come in their dtype, the parameters' in float32. Sums over
-    images and blocks are taken in a fixed order: the result is deterministic.
+    Each comes in the dtype of what it belongs to. Sums over images and blocks are taken in a
+    fixed order: the result is deterministic.
     """
     sizes = _check(x, projections, dt_weight, A)
-    x, projections = x.contiguous(), projections.to(x.dtype).contiguous()
+    x, projections = x.contiguous(), projections.contiguous()
     grad_y = grad_y.to(x.dtype).contiguous()
     weights = _prepare(dt_weight, dt_bias, A, skip)
     # As many channels in a block as its 48 KiB of shared memory take, spread evenly.
@@ -244,5 +239,8 @@ def backward(
             sizes,
         )
     summed = grad_projections[0] if blocks == 1 else grad_projections.sum(0).to(projections.dtype)
-    grad_dt_weight, grad_dt_bias, grad_A, grad_skip = (grad.sum(0) for grad in grads)
-    return grad_x, summed, grad_dt_weight, grad_dt_bias, grad_A, grad_skip
+    parameters = (dt_weight, dt_bias, A, skip)
+    of_weight, of_bias, of_A, of_skip = (
+        grad.sum(0).to(parameter.dtype) for grad, parameter in zip(grads, parameters, strict=True)
+    )
+    return grad_x, summed, of_weight, of_bias, of_A, of_skip

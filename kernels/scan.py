@@ -46,18 +46,20 @@ def resolve(backend: str, device: torch.device) -> str:
     if backend == "reference":
         return backend
     wanted = device.type if backend == "auto" else backend
-    if wanted not in _NATIVE or wanted != device.type:
-        raise BackendError(
-            f"scan backend {backend!r} on device {device.type!r}",
-            "a device that the backend runs on: " + ", ".join(_NATIVE),
-            'move the model there, or ask for backend="reference"',
-        )
-    reason = _NATIVE[wanted].unavailable()
+    # A compiler cannot trace the search for libraries; what it compiled fails where it runs.
+    looks = wanted in _NATIVE and not torch.compiler.is_compiling()
+    reason = _NATIVE[wanted].unavailable() if looks else None
     if reason is not None:
         raise BackendError(
             f"scan backend {wanted!r} is not available here",
             "its native kernel",
             f'{reason}; backend="reference" works everywhere and is slow',
+        )
+    if wanted not in _NATIVE or wanted != device.type:
+        raise BackendError(
+            f"scan backend {backend!r} on device {device.type!r}",
+            f"device {backend!r}" if backend in _NATIVE else "one of " + ", ".join(_NATIVE),
+            'move the model there, or ask for backend="reference"',
         )
     return wanted
 
@@ -94,7 +96,7 @@ def selective_scan_2d(
     chosen = resolve(backend, x.device)
     if chosen == "reference":
         return reference.selective_scan_2d(x, projections, dt_weight, dt_bias, A, skip)
-    tensors = (x, projections, dt_weight, dt_bias, A, skip)
+    tensors = (x, projections.to(x.dtype), dt_weight, dt_bias, A, skip)
     keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
     y: Tensor = _scan(*tensors, chosen, keep)[0]
     return y
@@ -121,7 +123,8 @@ def _check_shapes(
     for name, (tensor, shape) in expected.items():
         if tuple(tensor.shape) != shape:
             raise ShapeError(
-                f"{name} of shape {tuple(tensor.shape)} for x of shape {tuple(x.shape)}",
+                f"{name} of shape {tuple(tensor.shape)} with x of {tuple(x.shape)}, "
+                f"dt_weight of {tuple(dt_weight.shape)} and A of {tuple(A.shape)}",
                 f"shape {shape}",
                 "check the module's widths",
             )
@@ -187,7 +190,7 @@ def _scan_backward(
 
 @_scan_backward.register_fake
 def _(grad_y: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    return tuple(torch.empty_like(tensor) for tensor in rest[:6])
+    return tuple(tensor.new_empty(tensor.shape) for tensor in rest[:6])
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -197,9 +200,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 
 def _backward(ctx: Any, grad_y: Tensor, _grad_states: Tensor | None) -> tuple[Any, ...]:
-    grads = _scan_backward(grad_y, *ctx.saved_tensors, ctx.backend)
-    cast = (grad.to(saved.dtype) for grad, saved in zip(grads, ctx.saved_tensors, strict=False))
-    return (*cast, None, None)
+    return (*_scan_backward(grad_y, *ctx.saved_tensors, ctx.backend), None, None)
 
 
 _scan.register_autograd(_backward, setup_context=_setup_context)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -113,7 +114,9 @@ def test_extreme_steps_stay_finite() -> None:
         y = selective_scan_2d(*tracked)
         y.sum().backward()
         assert torch.isfinite(y).all()
-        assert all(torch.isfinite(t.grad).all() for t in tracked if t.grad is not None)
+        for tensor in tracked:
+            assert tensor.grad is not None
+            assert torch.isfinite(tensor.grad).all()
 
 
 def test_can_be_captured_in_a_graph() -> None:
@@ -126,6 +129,35 @@ def test_can_be_captured_in_a_graph() -> None:
     graph.replay()
     torch.cuda.synchronize()
     assert torch.equal(captured, expected)
+
+
+def test_runs_in_a_thread_of_its_own_and_on_another_stream() -> None:
+    inputs = make(2, (7, 7), 24, 1, torch.float32)
+    expected = selective_scan_2d(*inputs)
+    got: list[Tensor] = []
+
+    def work() -> None:
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.default_stream())
+        with torch.cuda.stream(stream):
+            got.append(selective_scan_2d(*inputs))
+        stream.synchronize()
+
+    torch.cuda.synchronize()
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert torch.equal(got[0], expected)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two NVIDIA GPUs")
+def test_leaves_the_current_device_alone() -> None:
+    inputs = [tensor.to("cuda:1") for tensor in make(1, (5, 5), 32, 2, torch.float32)]
+    tracked = [tensor.requires_grad_() for tensor in inputs]
+    y = selective_scan_2d(*tracked)
+    y.sum().backward()
+    assert y.device.index == 1
+    assert torch.cuda.current_device() == 0
 
 
 def test_unsupported_sizes_are_refused() -> None:

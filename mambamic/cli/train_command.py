@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from dataclasses import fields
 from pathlib import Path
 
@@ -16,6 +17,8 @@ A run that was stopped goes on where it was when the same command is given again
 example:
   mambamic train blood_cells --arch mambamic_t --out runs/blood --epochs 40
   mambamic predict runs/blood/checkpoint cell.png
+
+exit status: 0 trained, 1 something failed, 2 the call is wrong, 130 or 143 stopped
 """
 
 
@@ -45,20 +48,21 @@ def run(args: argparse.Namespace) -> int:
     from mambamic.preprocess import Preprocess
     from mambamic.training.run import Run, train
 
-    checkpoint = train(
-        Run(
-            data=args.data,
-            architecture=args.arch,
-            out=args.out,
-            recipe=Recipe(**{field.name: getattr(args, field.name) for field in fields(Recipe)}),
-            preprocess=Preprocess(input_size=args.input_size),
-            mpp=args.mpp,
-            licence=args.licence,
-            training_data=args.about,
-        ),
-        device=args.device,
-        progress=not args.quiet,
+    task = Run(
+        data=args.data,
+        architecture=args.arch,
+        out=args.out,
+        recipe=Recipe(**{field.name: getattr(args, field.name) for field in fields(Recipe)}),
+        preprocess=Preprocess(input_size=args.input_size),
+        mpp=args.mpp,
+        licence=args.licence,
+        training_data=args.about,
     )
+    try:
+        checkpoint = train(task, device=args.device, progress=not args.quiet)
+    except (KeyboardInterrupt, SystemExit):
+        print("stopped; the same command goes on after the last finished epoch", file=sys.stderr)
+        raise
     metrics = checkpoint.config.metrics
     print(
         f"{checkpoint.path}: validation accuracy {metrics['val_accuracy']:.4f} "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zipfile
+import zlib
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -16,7 +17,8 @@ from tqdm import tqdm
 
 from mambamic.decoding import DecodePool
 from mambamic.errors import DataError, MambamicError
-from mambamic.preprocess import Preprocess
+from mambamic.preprocess import Pixels, Preprocess
+from mambamic.training.recipe import epoch_seed
 
 _AT_ONCE = 256  # images decoded between two steps of the progress bar
 _LAYOUT = "SPLIT/CLASS/IMAGE, as folders or in SPLIT.zip"
@@ -77,7 +79,7 @@ def load_split(data: Path, split: str, preprocess: Preprocess, *, progress: bool
         start = 0
         names = iter(files)
         while chunk := list(islice(names, _AT_ONCE)):
-            decoded = pool.map([read() for _, read in chunk])
+            decoded = _decode(pool, [file for _, file in chunk])
             for offset, (result, (name, _)) in enumerate(zip(decoded, chunk, strict=True)):
                 if isinstance(result, MambamicError):
                     failures.append((name, result))
@@ -102,10 +104,20 @@ class _File:
     def __init__(self, source: Path | zipfile.ZipFile, name: str) -> None:
         self._source, self._name = source, name
 
-    def __call__(self) -> bytes:
-        if isinstance(self._source, Path):
-            return (self._source / self._name).read_bytes()
-        return self._source.read(self._name)
+    def read(self) -> bytes | DataError:
+        try:
+            if isinstance(self._source, Path):
+                return (self._source / self._name).read_bytes()
+            return self._source.read(self._name)
+        # A RuntimeError is what zipfile raises for encryption and for methods that it lacks.
+        except (OSError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
+            return DataError(f"it cannot be read ({error})", "a readable file", "check the file")
+
+
+def _decode(pool: DecodePool, files: list[_File]) -> list[Pixels | MambamicError]:
+    contents = [file.read() for file in files]
+    decoded = iter(pool.map([content for content in contents if isinstance(content, bytes)]))
+    return [next(decoded) if isinstance(content, bytes) else content for content in contents]
 
 
 def _open(data: Path, split: str, stack: ExitStack) -> list[tuple[str, _File]]:
@@ -130,7 +142,7 @@ def _open(data: Path, split: str, stack: ExitStack) -> list[tuple[str, _File]]:
         name
         for name in names
         if PurePosixPath(name).parts[-3:-2] == (split,)
-        and not PurePosixPath(name).name.startswith(".")
+        and not any(part.startswith(".") for part in PurePosixPath(name).parts[-2:])
     )
     return [(name, _File(source, name)) for name in kept]
 
@@ -156,7 +168,7 @@ class Batches:
         if self._seed is None:
             order = torch.arange(len(self._split))
         else:
-            generator = torch.Generator().manual_seed(self._seed + 1_000_003 * self.epoch)
+            generator = torch.Generator().manual_seed(epoch_seed(self._seed, self.epoch))
             order = torch.randperm(len(self._split), generator=generator)
         order = order.to(self._split.labels.device)
         for indices in islice(order.split(self._batch_size), len(self)):

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from mambamic.training.augment import Augmentation
-from mambamic.training.recipe import Recipe
+from mambamic.training.recipe import Recipe, epoch_seed
 
 
 class TrainingModule(pl.LightningModule):
@@ -40,10 +40,14 @@ class TrainingModule(pl.LightningModule):
         self.average.update_parameters(self.model)
 
     def on_train_epoch_start(self) -> None:
-        """Tell the batches which pass this is: the order depends on it and on the seed alone."""
+        """Make all that is random depend on the seed and the epoch alone.
+
+        A resumed run then does what it would have done without the stop.
+        """
         batches = self.trainer.train_dataloader
         assert batches is not None
         batches.epoch = self.current_epoch
+        torch.manual_seed(epoch_seed(self.recipe.seed, self.current_epoch))
 
     def validation_step(self, batch: tuple[Tensor, Tensor], _index: int) -> None:
         """Score the averaged model on one batch."""

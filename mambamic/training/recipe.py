@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -43,10 +44,12 @@ class Recipe:
                 "from 0 to below the epochs",
             ),
             "batch_size": (self.batch_size >= 2, "at least 2 (batch normalisation needs them)"),
-            "learning_rate": (self.learning_rate > 0, "more than 0"),
+            "learning_rate": (0 < self.learning_rate < math.inf, "more than 0"),
+            "weight_decay": (0 <= self.weight_decay < math.inf, "at least 0"),
             "label_smoothing": (0 <= self.label_smoothing < 1, "from 0 to below 1"),
-            "clip_norm": (self.clip_norm > 0, "more than 0"),
+            "clip_norm": (0 < self.clip_norm < math.inf, "more than 0"),
             "ema_decay": (0 <= self.ema_decay < 1, "from 0 to below 1"),
+            "seed": (0 <= self.seed < 2**32, "from 0 to below 2**32"),
         }
         for name, (holds, expected) in rules.items():
             if not holds:
@@ -55,3 +58,8 @@ class Recipe:
     def as_dict(self) -> dict[str, Any]:
         """Return the settings for a record of the run."""
         return asdict(self)
+
+
+def epoch_seed(seed: int, epoch: int) -> int:
+    """Return the seed of one pass, so that a resumed run draws what it would have drawn."""
+    return seed + 1_000_003 * epoch

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import json
+import logging
+import signal
 import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback, ModelCheckpoint, TQDMProgressBar
 from pytorch_lightning.loggers import CSVLogger
+from pytorch_lightning.utilities.exceptions import SIGTERMException
 
 from mambamic._version import __version__
-from mambamic.checkpoint import Checkpoint, save_checkpoint
+from mambamic.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from mambamic.config import Config
-from mambamic.errors import BackendError, DataError, UsageError
+from mambamic.errors import BackendError, CheckpointError, DataError, UsageError
 from mambamic.kernels import resolve
 from mambamic.models import create_model
 from mambamic.preprocess import Preprocess
@@ -29,8 +33,10 @@ from mambamic.training.module import TrainingModule
 from mambamic.training.recipe import Recipe
 
 RUN_FILE = "run.json"
-STATE = "last"  # Lightning adds .ckpt
+STATE, BEST = "last", "best"  # Lightning adds .ckpt
+LOG = "log"
 RESULT = "checkpoint"
+_MONITOR = "val_accuracy"
 _VALIDATION_BATCH = 256
 
 
@@ -62,11 +68,46 @@ class Run:
         """Return what must be equal for a stopped run to be resumed."""
         return {
             "architecture": self.architecture,
-            "recipe": self.recipe.as_dict(),
-            "input_size": self.preprocess.input_size,
-            "resize": self.preprocess.resize,
+            **self.recipe.as_dict(),
+            **asdict(self.preprocess),
             "mambamic": __version__,
         }
+
+    def config(self, classes: tuple[str, ...], metrics: dict[str, Any]) -> Config:
+        """Return what the checkpoint will state.
+
+        Raises:
+            UsageError: A setting that no checkpoint can have.
+        """
+        try:
+            return Config(
+                architecture=self.architecture,
+                classes=classes,
+                mpp=self.mpp,
+                licence=self.licence,
+                training_data=self.training_data,
+                metrics=metrics,
+                **asdict(self.preprocess),
+            )
+        except CheckpointError as error:
+            raise UsageError(error.problem, error.expected, error.remedy) from error
+
+
+class _Keep(ModelCheckpoint):
+    """Keeps a state, and knows it again where the folder of a stopped run was moved."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        folder = str(self.dirpath)
+        paths = ("best_model_path", "kth_best_model_path", "last_model_path")
+        moved = {name: _moved(state_dict[name], folder) for name in paths}
+        scores = {_moved(k, folder): score for k, score in state_dict["best_k_models"].items()}
+        super().load_state_dict(
+            {**state_dict, **moved, "best_k_models": scores, "dirpath": self.dirpath}
+        )
+
+
+def _moved(path: str, folder: str) -> str:
+    return str(Path(folder, Path(path).name)) if path else ""
 
 
 class _Progress(Callback):
@@ -102,6 +143,9 @@ class _Progress(Callback):
 def train(run: Run, *, device: str = "auto", progress: bool = True) -> Checkpoint:
     """Train, or go on where a stopped run in the same folder left off.
 
+    A run that is finished is not repeated: what it may be told anew is what the model card says
+    of the images and the licence.
+
     Args:
         run: What to do.
         device: ``auto``, ``cpu`` or ``cuda``.
@@ -111,23 +155,31 @@ def train(run: Run, *, device: str = "auto", progress: bool = True) -> Checkpoin
         The checkpoint with the best validation accuracy, at ``run.out / "checkpoint"``.
 
     Raises:
-        UsageError: ``run.out`` holds a run with other settings.
+        UsageError: ``run.out`` holds a run with other settings, or a setting makes no sense.
         DataError: The images cannot be used.
         BackendError: The device or its scan kernel is not available.
+        KeyboardInterrupt: Ctrl-C; the finished epochs are kept.
+        SystemExit: SIGTERM; the finished epochs are kept.
     """
     target = _device(device)
     resolve("auto", target)
-    run.out.mkdir(parents=True, exist_ok=True)
-    _claim(run)
-    pl.seed_everything(run.recipe.seed, verbose=False)
+    # Now, and not when the training is over.
+    run.config(("a class",), {})
+    identity = run.identity()
+    _compare(run.out, identity)
+    if (run.out / RESULT).exists():
+        return _describe_anew(run, load_checkpoint(run.out / RESULT))
     train_split = load_split(run.data, "train", run.preprocess, progress=progress)
     val_split = load_split(run.data, "val", run.preprocess, progress=progress)
-    if train_split.classes != val_split.classes:
-        raise DataError(
-            f"classes {train_split.classes} in train and {val_split.classes} in val",
-            "the same classes in both",
-            "add what is missing, or remove it",
-        )
+    _compare_classes(train_split, val_split)
+    identity |= {
+        "classes": train_split.classes,
+        "train_images": len(train_split),
+        "val_images": len(val_split),
+    }
+    _compare(run.out, identity)
+    _claim(run.out, identity)
+    torch.manual_seed(run.recipe.seed)
     model = create_model(run.architecture, len(train_split.classes))
     augmentation = Augmentation(run.preprocess.mean, run.preprocess.std)
     module = TrainingModule(model, augmentation, run.recipe)
@@ -146,50 +198,98 @@ def _device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def _claim(run: Run) -> None:
-    path = run.out / RUN_FILE
-    identity = json.loads(json.dumps(run.identity()))
-    if path.exists():
-        found = json.loads(path.read_text())
-        if found != identity:
-            different = sorted(k for k in identity if found.get(k) != identity[k])
-            raise UsageError(
-                f"{run.out} holds a run with another {', '.join(different)}",
-                "the settings it was begun with, to resume it",
-                "repeat these, or give another --out",
+def _compare_classes(train: Split, val: Split) -> None:
+    for split, others, name, other in ((train, val, "train", "val"), (val, train, "val", "train")):
+        missing = [label for label in split.classes if label not in others.classes]
+        if missing:
+            raise DataError(
+                f"{name} has classes that {other} has not: {', '.join(missing)}",
+                "the same classes in both",
+                "add what is missing, or remove it",
             )
-    else:
-        path.write_text(json.dumps(identity, indent=2) + "\n")
+
+
+def _compare(out: Path, identity: dict[str, Any]) -> None:
+    """Refuse to go on with a run that was begun with something else."""
+    path = out / RUN_FILE
+    if not path.exists():
+        if (out / RESULT).exists():
+            raise UsageError(
+                f"{out / RESULT} is not from a run in {out}", "a new folder", "give another --out"
+            )
+        return
+    found = json.loads(path.read_text(encoding="utf-8"))
+    wanted = json.loads(json.dumps(identity))
+    different = [
+        f"{name} {found.get(name)!r} and not {wanted[name]!r}"
+        for name in wanted
+        if found.get(name) != wanted[name]
+    ]
+    if different:
+        raise UsageError(
+            f"{out} holds a run with {', '.join(different)}",
+            "the settings and images it was begun with, to resume it",
+            "repeat these, or give another --out",
+        )
+
+
+def _claim(out: Path, identity: dict[str, Any]) -> None:
+    fresh = out / f".{RUN_FILE}"
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        fresh.write_text(json.dumps(identity, indent=2) + "\n", encoding="utf-8")
+        fresh.replace(out / RUN_FILE)
+    except OSError as error:
+        raise UsageError(
+            f"{out} cannot be written ({error.strerror})", "a folder", "give another --out"
+        ) from error
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence what Lightning says about choices made here on purpose."""
-    with warnings.catch_warnings():
-        for message in (".*does not have many workers.*", ".*exists and is not empty.*",
-                        ".*smaller than the logging interval.*", ".*LeafSpec.*",
-                        ".*`weights_only`.*"):  # fmt: skip
-            warnings.filterwarnings("ignore", message=message)
+    """Silence what Lightning says about choices made here on purpose, and its advertisements."""
+    loggers = [logging.getLogger(name) for name in ("pytorch_lightning", "lightning_fabric")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Checkpoint directory .* is not empty", UserWarning)
+            warnings.filterwarnings("ignore", "GPU available but not used", UserWarning)
+            # Lightning's own use of what torch has renamed.
+            warnings.filterwarnings("ignore", ".*LeafSpec.* is deprecated", FutureWarning)
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    """Let a stopped run end as stopped: Lightning exits by itself, with status 0 after SIGTERM."""
+    try:
         yield
+    except SIGTERMException as stop:
+        raise SystemExit(128 + signal.SIGTERM) from stop
+    except SystemExit as stop:
+        if isinstance(stop.__context__, KeyboardInterrupt):
+            raise KeyboardInterrupt from stop
+        raise
 
 
 def _fit(
     run: Run, module: TrainingModule, clock: _Progress, train: Split, val: Split, progress: bool
 ) -> Path:
     """Run the loop and return the file of the best epoch's state."""
-    keep = ModelCheckpoint(
-        run.out,
-        filename="best",
-        monitor="val_accuracy",
-        mode="max",
-        save_last=True,
-        enable_version_counter=False,
-    )
-    callbacks: list[Callback] = [keep, clock]
+    keep = _Keep(run.out, filename=BEST, monitor=_MONITOR, mode="max", enable_version_counter=False)
+    # A callback of its own: beside a score, Lightning writes the last state after the best only.
+    last = _Keep(run.out, filename=STATE, enable_version_counter=False)
+    callbacks: list[Callback] = [keep, last, clock]
     if progress:
         callbacks.append(TQDMProgressBar(refresh_rate=10))
+    batches = Batches(train, run.recipe.batch_size, run.recipe.seed)
     state = run.out / f"{STATE}.ckpt"
-    with _quiet():
+    with _quiet(), _stoppable():
         trainer = pl.Trainer(
             accelerator=train.pixels.device.type.replace("cuda", "gpu"),
             devices=1,
@@ -197,26 +297,26 @@ def _fit(
             max_epochs=run.recipe.epochs,
             gradient_clip_val=run.recipe.clip_norm,
             callbacks=callbacks,
-            logger=CSVLogger(run.out, name="", version="log"),
+            logger=CSVLogger(run.out, name=LOG),  # a part for each start
             enable_progress_bar=progress,
             enable_model_summary=False,
             num_sanity_val_steps=0,
-            log_every_n_steps=20,
+            log_every_n_steps=min(20, len(batches)),
         )
         trainer.fit(
             module,
-            Batches(train, run.recipe.batch_size, run.recipe.seed),
+            batches,
             Batches(val, _VALIDATION_BATCH, None),
             ckpt_path=state if state.exists() else None,
-            weights_only=False,  # a file that this very run wrote: optimiser and loop state
+            weights_only=True,
         )
-    return Path(keep.best_model_path)
+    return run.out / f"{BEST}.ckpt"
 
 
 def _export(
     run: Run, best: Path, clock: _Progress, train: Split, val: Split, device: torch.device
 ) -> Checkpoint:
-    saved = torch.load(best, map_location="cpu", weights_only=False)
+    saved = torch.load(best, map_location="cpu", weights_only=True)
     prefix = "average.module."
     weights = {
         key.removeprefix(prefix): tensor
@@ -224,7 +324,7 @@ def _export(
         if key.startswith(prefix)
     }
     scores = next(
-        state for key, state in saved["callbacks"].items() if key.startswith("ModelCheckpoint")
+        state for state in saved["callbacks"].values() if state.get("monitor") == _MONITOR
     )
     metrics = {
         "val_accuracy": round(float(scores["best_model_score"]), 5),
@@ -238,19 +338,18 @@ def _export(
         "seed": run.recipe.seed,
         "torch": torch.__version__,
     }
-    config = Config(
-        architecture=run.architecture,
-        classes=train.classes,
-        input_size=run.preprocess.input_size,
-        resize=run.preprocess.resize,
-        interpolation=run.preprocess.interpolation,
-        mean=run.preprocess.mean,
-        std=run.preprocess.std,
-        mpp=run.mpp,
-        licence=run.licence,
-        training_data=run.training_data,
-        metrics=metrics,
-    )
+    config = run.config(train.classes, metrics)
     return save_checkpoint(
         run.out / RESULT, config, weights, model_card(config, run.recipe), half=True
     )
+
+
+def _describe_anew(run: Run, checkpoint: Checkpoint) -> Checkpoint:
+    """Bring what the user states, and training does not change, up to date."""
+    config = replace(
+        checkpoint.config, mpp=run.mpp, licence=run.licence, training_data=run.training_data
+    )
+    if config == checkpoint.config:
+        return checkpoint
+    card = model_card(config, run.recipe)
+    return save_checkpoint(checkpoint.path, config, checkpoint.state_dict(), card, half=True)
