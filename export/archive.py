@@ -22,6 +22,10 @@ MODEL_CONFIG_FILE = "model-config.yaml"
 # Not the name of a package: the file's folder comes first on the worker's path.
 HANDLER_FILE = "mambamic_service.py"
 
+# A batch that takes longer fails as a whole, and its worker is killed: enough for 256 large tiles
+# on a slow CPU, and as much again for what came before them in the batch.
+RESPONSE_TIMEOUT_S = 300
+
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 _VERSION = re.compile(r"[0-9]+(\.[0-9]+)*")
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # the earliest that ZIP can express
@@ -47,7 +51,7 @@ def write_archive(
     batch_size: int = 32,
     max_batch_delay: int = 1,
     workers: int = 1,
-    response_timeout: int = 120,
+    response_timeout: int = RESPONSE_TIMEOUT_S,
     startup_timeout: int = 120,
 ) -> Path:
     """Pack a checkpoint; the same checkpoint and settings give the same bytes.
@@ -70,8 +74,7 @@ def write_archive(
         CheckpointError: The checkpoint is incomplete, or its weights have another hash.
         UsageError: A name, version or number that TorchServe cannot take.
     """
-    _check("model name", model_name, _NAME, "letters, digits, '.', '-' and '_'")
-    _check("version", version, _VERSION, "digits and dots, such as 1.0")
+    check_label(model_name, version)
     settings = {
         "minWorkers": workers,
         "maxWorkers": workers,
@@ -101,9 +104,24 @@ def write_archive(
     return target
 
 
-def _check(what: str, value: str, pattern: re.Pattern[str], expected: str) -> None:
-    if not pattern.fullmatch(value):
-        raise UsageError(f"{what} {value!r}", expected, "choose another")
+def check_label(model_name: str, version: str) -> None:
+    """Check the name and version under which TorchServe is to serve a model.
+
+    Args:
+        model_name: Becomes part of a path and of a URL.
+        version: Digits and dots.
+
+    Raises:
+        UsageError: TorchServe cannot take one of them.
+    """
+    if not _NAME.fullmatch(model_name):
+        raise UsageError(
+            f"model name {model_name!r}",
+            "letters, digits, '.', '-' and '_', the first a letter or digit",
+            "choose another",
+        )
+    if not _VERSION.fullmatch(version):
+        raise UsageError(f"version {version!r}", "digits and dots, such as 1.0", "choose another")
 
 
 def _manifest(model_name: str, version: str) -> str:

@@ -57,6 +57,7 @@ def read_request(parts: Sequence[Part], content_type: str = "") -> TileRequest:
 
     Raises:
         RequestError: There is no image, or a field name is repeated; a ZIP is empty or encrypted.
+            Of several fields an empty one is a tile that carries this error.
         MediaTypeError: The body, or the only part, has a content type that is not read.
         TooLargeError: More than 256 tiles or 256 megapixels in all, or a ZIP that expands too far.
         DecodeError: The ZIP is damaged.
@@ -70,27 +71,27 @@ def read_request(parts: Sequence[Part], content_type: str = "") -> TileRequest:
             "image/png'), or use a form field (curl -F image=@cell.png)",
         )
     _refuse_repeats(parts)
-    filled = [part for part in parts if _size(part)]
-    if not filled:
+    if not any(size_of(part) for part in parts):
         raise RequestError(
             "the request carries no image",
             FORMS,
             "send the image in the form field 'image': curl URL -F image=@cell.png",
         )
-    if len(filled) == 1:
-        tile = _tile(filled[0])
+    if len(parts) == 1:
+        tile = _tile(parts[0])
         if isinstance(tile.content, MambamicError):
             raise tile.content
-        if not _is_zip(filled[0], tile.content):
+        if not _is_zip(parts[0], tile.content):
             return TileRequest((tile,), single=True)
         tiles = tuple(Tile(name, data) for name, data in read_zip(tile.content))
     else:
-        tiles = tuple(_tile_among_others(part) for part in filled)
+        tiles = tuple(_tile_among_others(part) for part in parts)
     _check_limits(tiles)
     return TileRequest(tiles, single=False)
 
 
-def _size(part: Part) -> int:
+def size_of(part: Part) -> int:
+    """Return how many bytes a part carries."""
     value = part.value
     # A worker that decodes hands over text and JSON as objects; they are told by their type.
     return len(value) if isinstance(value, bytes | bytearray | str) else 1
@@ -131,6 +132,15 @@ def _is_zip(part: Part, data: bytes) -> bool:
 
 
 def _tile_among_others(part: Part) -> Tile:
+    if not size_of(part):
+        return Tile(
+            part.name,
+            RequestError(
+                f"the field {part.name[:80]!r} is empty",
+                "the bytes of an image",
+                "send the image, or leave the field out",
+            ),
+        )
     tile = _tile(part)
     if isinstance(tile.content, bytes) and _is_zip(part, tile.content):
         return Tile(

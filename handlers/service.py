@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
@@ -24,13 +25,14 @@ from mambamic.errors import (
     CheckpointError,
     InferenceError,
     MambamicError,
+    OverloadedError,
     RequestError,
     UnavailableError,
     UsageError,
 )
 from mambamic.handlers.gate import Gate
 from mambamic.handlers.parts import keep_parts
-from mambamic.handlers.requests import TileRequest, read_request
+from mambamic.handlers.requests import TileRequest, read_request, size_of
 from mambamic.handlers.responses import Answer, error_answer, list_answer
 
 if TYPE_CHECKING:
@@ -43,9 +45,14 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# The tiles of a batch are decoded and classified in parts of this many, the next part being
-# decoded while the one before is classified: 32 requests may carry 8192 tiles.
+# Tiles are decoded and classified in parts of this many, the next part being decoded while the one
+# before is classified.
 PART_SIZE = 64
+# Requests of a batch are read, and their ZIPs expanded, until they have so many bytes or a part's
+# worth of tiles; these are answered before more is read, as 32 ZIPs may expand to 16 GiB.
+GROUP_BYTES = 64 * 2**20
+# What TorchServe allows a batch, in seconds, where an archive does not say.
+DEFAULT_RESPONSE_TIMEOUT = 120
 
 
 class ImageClassifier:
@@ -73,11 +80,17 @@ class ImageClassifier:
         )
         self._name = str(context.model_name)
         self._version = str(context.manifest["model"].get("modelVersion", ""))
+        # A request may have 256 tiles. Of a batch of several such only those are begun that leave
+        # time to end: TorchServe kills a worker that is late, and the whole batch fails with it.
+        timeout = context.model_yaml_config.get("responseTimeout", DEFAULT_RESPONSE_TIMEOUT)
+        self._patience = float(timeout) / 2
         self._gate = Gate.from_environment()
         self._pool = DecodePool(self._classifier.preprocess, processes=options["decoders"])
         self._ahead = ThreadPoolExecutor(1, "decode-ahead")
         self._classifier.warm_up()
         logger.info("%s", json.dumps(self._classifier.describe()))
+        if self._gate is not None:
+            self._gate.register()
 
     def handle(self, data: Sequence[object], context: Any) -> list[bytes]:
         """Answer a batch.
@@ -91,8 +104,8 @@ class ImageClassifier:
         """
         processors = context.request_processor
         assert len(processors) == len(data)
-        with self._gate.busy() if self._gate is not None else nullcontext():
-            answers = self._answer(processors)
+        with self._gate.busy() if self._gate is not None else nullcontext(False) as stopping:
+            answers = self._answer(processors, stopping)
         bodies = []
         for index, answer in enumerate(answers):
             context.set_response_content_type(index, "application/json")
@@ -105,35 +118,50 @@ class ImageClassifier:
         """Stop what decodes; TorchServe never calls this, it ends the process."""
         self._ahead.shutdown()
         self._pool.close()
+        if self._gate is not None:
+            self._gate.unregister()
 
-    def _answer(self, processors: Sequence[Any]) -> list[Answer]:
-        stopping = self._gate is not None and self._gate.closed
-        read = [self._read(processor, stopping) for processor in processors]
-        # All tiles of all requests go through the model together.
+    def _answer(self, processors: Sequence[Any], stopping: bool) -> list[Answer]:
+        last_begin = time.monotonic() + self._patience
+        answers: dict[int, Answer] = {}
+        group: dict[int, TileRequest] = {}
+        # The lightest first: so most of them are answered, and single images together.
+        for index in sorted(range(len(processors)), key=lambda index: _weight(processors[index])):
+            in_time = time.monotonic() <= last_begin
+            read = self._read(processors[index], stopping) if in_time else _overloaded()
+            if isinstance(read, Answer):
+                answers[index] = read
+            else:
+                group[index] = read
+            # What it holds has to be gone before more is read.
+            del read
+            if _is_full(group.values()):
+                answers |= self._answer_group(group)
+                group.clear()
+        answers |= self._answer_group(group)
+        return [answers[index] for index in range(len(processors))]
+
+    def _answer_group(self, group: Mapping[int, TileRequest]) -> dict[int, Answer]:
+        """Answer requests whose tiles go through the model together."""
         blobs = [
             tile.content
-            for request in read
-            if isinstance(request, TileRequest)
+            for request in group.values()
             for tile in request.tiles
             if isinstance(tile.content, bytes)
         ]
         results = iter(self._classify(blobs))
-        answers = []
-        for request in read:
-            if isinstance(request, Answer):
-                answers.append(request)
-                continue
+        answers = {}
+        for index, request in group.items():
             outcomes = [
                 self._prediction(next(results)) if isinstance(tile.content, bytes) else tile.content
                 for tile in request.tiles
             ]
-            if request.single:
-                (outcome,) = outcomes
-                answers.append(
-                    error_answer(outcome) if isinstance(outcome, MambamicError) else Answer(outcome)
-                )
+            if not request.single:
+                answers[index] = list_answer([tile.name for tile in request.tiles], outcomes)
+            elif isinstance(outcomes[0], MambamicError):
+                answers[index] = error_answer(outcomes[0])
             else:
-                answers.append(list_answer([tile.name for tile in request.tiles], outcomes))
+                answers[index] = Answer(outcomes[0])
         return answers
 
     def _read(self, processor: Any, stopping: bool) -> TileRequest | Answer:
@@ -142,15 +170,18 @@ class ImageClassifier:
                 raise UnavailableError(
                     "the server is stopping", "a running server", "send the request again later"
                 )
-            if processor.headers.get("describe") == "True":
+            headers = processor.headers
+            # The management API asks so, and a client may, too; but what comes in by the port of
+            # predictions the frontend marks with "explain", true or false.
+            if headers.get("describe") == "True" and "explain" not in headers:
                 return Answer(self._describe())
-            if processor.headers.get("explain") == "True":
+            if headers.get("explain") == "True":
                 raise RequestError(
                     "an explanation was asked for",
                     "a prediction; this archive offers no explanations",
                     f"send the request to /predictions/{self._name}",
                 )
-            return read_request(processor.parts, processor.headers.get("content-type", ""))
+            return read_request(processor.parts, headers.get("content-type", ""))
         except MambamicError as error:
             return error_answer(error)
         except Exception as error:
@@ -181,10 +212,15 @@ class ImageClassifier:
 
     def _decode(self, blobs: Sequence[bytes]) -> list[Pixels | MambamicError]:
         try:
-            return self._pool.map(blobs)
+            decoded = self._pool.map(blobs)
         except Exception as error:
             logger.exception("decoding failed")
             return [_failure(error)] * len(blobs)
+        for item in decoded:
+            if isinstance(item, MambamicError):
+                # The frames of its traceback hold the image's bytes.
+                item.__traceback__ = item.__cause__ = item.__context__ = None
+        return decoded
 
     def _classify_part(
         self, decoded: Sequence[Pixels | MambamicError]
@@ -255,8 +291,33 @@ def _check_version(version: str) -> None:
 def _device(asked: str, gpu_id: int | None) -> str:
     """Return the device of this worker: TorchServe deals out the GPUs by number."""
     if asked == "auto":
-        return "cpu" if gpu_id is None else f"cuda:{gpu_id}"
+        import torch
+
+        # The frontend counts GPUs by itself: a torch that was built for CPUs, or finds no driver,
+        # has none of them.
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        return "cpu" if gpu_id is None or not count else f"cuda:{gpu_id % count}"
     return f"cuda:{gpu_id}" if asked == "cuda" and gpu_id is not None else asked
+
+
+def _weight(processor: Any) -> int:
+    """Return the bytes that a request carries."""
+    return sum(size_of(part) for part in processor.parts)
+
+
+def _is_full(group: Iterable[TileRequest]) -> bool:
+    contents = [tile.content for request in group for tile in request.tiles]
+    size = sum(len(content) for content in contents if isinstance(content, bytes))
+    return len(contents) >= PART_SIZE or size >= GROUP_BYTES
+
+
+def _overloaded() -> Answer:
+    error = OverloadedError(
+        "the server is busy with larger requests that came together with this one",
+        "time to answer it",
+        "send it again later, or send fewer tiles at once",
+    )
+    return error_answer(error)
 
 
 def _release_memory() -> None:

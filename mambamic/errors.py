@@ -109,6 +109,13 @@ class UnavailableError(MambamicError):
     status = 503
 
 
+class OverloadedError(MambamicError):
+    """The server has more work at hand than it can answer in time."""
+
+    code = "overloaded"
+    status = 503
+
+
 class InferenceError(MambamicError):
     """The model failed on an image that was read without fault."""
 

@@ -18,6 +18,8 @@ _MAGIC = (b"PK\x03\x04", b"PK\x05\x06")
 _READABLE = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 _ENCRYPTED = 0x1
 _NOT_TILES = (".DS_Store", "Thumbs.db", "desktop.ini")
+# Folders, and what operating systems add to each file, are entries as well.
+_ENTRIES_PER_TILE = 8
 
 
 def is_zip(data: BytesLike) -> bool:
@@ -46,7 +48,9 @@ def read_zip(
         DecodeError: Not a ZIP archive, a damaged one, or one that understates its sizes.
     """
     try:
-        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        source = _Bounded(data, max_tiles * _ENTRIES_PER_TILE)
+        with zipfile.ZipFile(source) as archive:
+            source.most_entries = None
             members = [info for info in archive.infolist() if _is_tile(info)]
             _check(members, max_tiles, max_bytes)
             return [(info.filename, _expand(archive, info)) for info in members]
@@ -68,6 +72,30 @@ def read_zip(
             "a complete archive, stored or deflated",
             "pack it again",
         ) from error
+
+
+class _Bounded(io.BytesIO):
+    """An archive whose directory is refused before ``zipfile`` makes an object of each entry.
+
+    What the archive itself says of their number is the sender's word; so the entries are counted,
+    by the signature that each of them begins with, in what ``zipfile`` reads to list them.
+    """
+
+    def __init__(self, data: BytesLike, most_entries: int) -> None:
+        super().__init__(data)
+        self.most_entries: int | None = most_entries
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        found = super().read(size)
+        if self.most_entries is not None:
+            entries = found.count(b"PK\x01\x02")
+            if entries > self.most_entries:
+                raise TooLargeError(
+                    f"a ZIP archive of {entries} entries",
+                    f"at most {self.most_entries}, folders and hidden files included",
+                    "send several",
+                )
+        return found
 
 
 def _is_tile(info: zipfile.ZipInfo) -> bool:

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from .random_checkpoint import write_random_checkpoint
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -50,17 +52,4 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def random_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint of MambaMIC-T for eight classes with random weights, the same each time."""
-    import torch
-
-    from mambamic import create_model
-    from mambamic.checkpoint import save_checkpoint
-    from mambamic.config import Config
-
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(5)
-        model = create_model("mambamic_t", 8)
-        # Far from uniform probabilities, so that a wrong order or scale shows.
-        model.head.weight.data.mul_(40)
-    config = Config(architecture="mambamic_t", classes=tuple("abcdefgh"), input_size=64)
-    folder = tmp_path_factory.mktemp("checkpoint") / "random"
-    return save_checkpoint(folder, config, model.state_dict(), "# A test\n").path
+    return write_random_checkpoint(tmp_path_factory.mktemp("checkpoint") / "random")

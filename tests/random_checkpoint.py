@@ -4,20 +4,21 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
-
-from mambamic import create_model
-from mambamic.checkpoint import save_checkpoint
-from mambamic.config import Config
-
-CLASSES = ("basophil", "eosinophil", "lymphocyte", "monocyte", "neutrophil")
+CLASSES = tuple("abcdefgh")
 
 
 def write_random_checkpoint(folder: Path, *, input_size: int = 64) -> Path:
     """Write a MambaMIC-T with seeded random weights and return its folder."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
+    import torch
+
+    from mambamic import create_model
+    from mambamic.checkpoint import save_checkpoint
+    from mambamic.config import Config
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(5)
         model = create_model("mambamic_t", len(CLASSES))
+        # Far from uniform probabilities, so that a wrong order or scale shows.
+        model.head.weight.data.mul_(40)
     config = Config("mambamic_t", CLASSES, input_size=input_size)
-    save_checkpoint(folder, config, model.state_dict(), "# Random weights\n")
-    return folder
+    return save_checkpoint(folder, config, model.state_dict(), "# Random weights\n").path

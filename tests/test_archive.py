@@ -41,7 +41,7 @@ def test_contents(random_checkpoint: Path, tmp_path: Path) -> None:
         "maxWorkers": 1,
         "batchSize": 8,
         "maxBatchDelay": 1,
-        "responseTimeout": 120,
+        "responseTimeout": 300,
         "startupTimeout": 120,
         "mambamic": {"version": __version__},
     }

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -53,8 +54,37 @@ def test_closing_and_opening(tmp_path: Path) -> None:
     assert not worker.closed
     launcher.close()
     assert worker.closed
+    with worker.busy() as closed:
+        assert closed
     launcher.open()
-    assert not worker.closed
+    with worker.busy() as closed:
+        assert not closed
+
+
+def test_each_worker_is_heard_once_it_begins_a_batch(tmp_path: Path) -> None:
+    launcher, worker = Gate(tmp_path), Gate(tmp_path)
+    assert launcher.unheard() == []
+    worker.register()
+    with worker.busy():
+        launcher.announce()
+    # That batch was begun before: another may be on its way to the worker.
+    assert launcher.unheard() == [os.getpid()]
+    with worker.busy():
+        assert launcher.unheard() == []
+        launcher.close()
+        assert not launcher.wait_idle(0)
+    assert launcher.unheard() == []
+    worker.unregister()
+    launcher.open()
+    assert [path.name for path in tmp_path.iterdir()] == ["busy"]
+
+
+def test_a_worker_that_has_died_is_not_waited_for(tmp_path: Path) -> None:
+    worker = Gate(tmp_path)
+    worker.register()
+    assert Gate(tmp_path).unheard() == [os.getpid()]
+    worker.unregister()
+    assert Gate(tmp_path).unheard() == []
 
 
 def test_there_is_none_under_plain_torchserve(

@@ -98,6 +98,15 @@ def test_a_bad_field_among_others_is_an_error_for_that_one() -> None:
     assert "alone" in str(errors[1])
 
 
+def test_an_empty_field_among_others_is_an_error_for_that_one() -> None:
+    request = read_request([Part("a", "image/png", png()), Part("b", "image/png", b"")])
+    assert not request.single
+    first, second = request.tiles
+    assert first.content == png()
+    assert isinstance(second.content, RequestError)
+    assert "'b' is empty" in str(second.content)
+
+
 def test_too_many_fields() -> None:
     with pytest.raises(TooLargeError, match="257 tiles"):
         read_request([Part(f"tile{i}", "image/png", png()) for i in range(257)])

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import io
 import json
+import time
+import tracemalloc
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +23,7 @@ from mambamic.export.archive import write_archive
 from mambamic.handlers.gate import VARIABLE, Gate
 from mambamic.handlers.service import ImageClassifier
 
-from .random_checkpoint import CLASSES, write_random_checkpoint
+from .random_checkpoint import CLASSES
 
 Fields = list[tuple[str, str, bytes]]
 
@@ -59,11 +61,11 @@ def as_sent(fields: Fields, headers: dict[str, str] | None = None) -> dict[str, 
 class Worker:
     """The handler with TorchServe's own context and request parsing around it."""
 
-    def __init__(self, model_dir: Path) -> None:
+    def __init__(self, model_dir: Path, gpu: int | None = None, **settings: object) -> None:
         manifest = json.loads((model_dir / "MAR-INF" / "MANIFEST.json").read_text())
-        config = yaml.safe_load((model_dir / "model-config.yaml").read_text())
+        config = yaml.safe_load((model_dir / "model-config.yaml").read_text()) | settings
         self.context = Context(
-            "cells", str(model_dir), manifest, 32, None, "0.12.0", model_yaml_config=config
+            "cells", str(model_dir), manifest, 32, gpu, "0.12.0", model_yaml_config=config
         )
         self.handler = ImageClassifier()
         self.handler.initialize(self.context)
@@ -85,15 +87,10 @@ class Worker:
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_random_checkpoint(tmp_path_factory.mktemp("checkpoint") / "random")
-
-
-@pytest.fixture(scope="module")
-def model_dir(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def model_dir(random_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("unpacked")
     archive = write_archive(
-        checkpoint, folder.parent / "cells.mar", model_name="cells", version="2.1"
+        random_checkpoint, folder.parent / "cells.mar", model_name="cells", version="2.1"
     )
     with zipfile.ZipFile(archive) as packed_model:
         packed_model.extractall(folder)
@@ -109,10 +106,10 @@ def worker(model_dir: Path) -> Iterator[Worker]:
     made.handler.close()
 
 
-def test_one_image_gets_the_answer_of_the_library(worker: Worker, checkpoint: Path) -> None:
+def test_one_image_gets_the_answer_of_the_library(worker: Worker, random_checkpoint: Path) -> None:
     status, body = worker.answer_one([("image", "image/png", png(1))])
     image = Image.open(io.BytesIO(png(1)))
-    (prediction,) = Classifier.load(checkpoint, device="cpu").predict([image])
+    (prediction,) = Classifier.load(random_checkpoint, device="cpu").predict([image])
     assert status == 200
     assert body.pop("model") == "cells"
     assert body.pop("version") == "2.1"
@@ -176,6 +173,19 @@ def test_it_describes_itself(worker: Worker) -> None:
     assert body["backend"] == worker.handler._classifier.backend
 
 
+def test_what_came_by_the_port_of_predictions_is_not_answered_with_versions(
+    worker: Worker,
+) -> None:
+    # The frontend adds "explain" to these, whatever the client sent; see tests/e2e.
+    headers = {"explain": "False", "describe": "True"}
+    (empty, image) = worker.answer(
+        as_sent([("body", "", b"")], headers), as_sent([("image", "", png(1))], headers)
+    )
+    assert empty[0] == 400
+    assert image[0] == 200
+    assert "label" in image[1]
+
+
 def test_an_explanation_is_not_answered_with_a_prediction(worker: Worker) -> None:
     ((status, body),) = worker.answer(
         as_sent([("image", "image/png", png(1))], {"explain": "True"})
@@ -223,6 +233,77 @@ def test_probabilities_that_are_no_numbers_are_an_error(worker: Worker) -> None:
     finally:
         hook.remove()
     assert [status for status, _ in answers] == [500, 200]
+
+
+def test_what_a_batch_has_no_time_for_is_told_so(model_dir: Path) -> None:
+    worker = Worker(model_dir, responseTimeout=2)
+    zipped = packed({f"{index}.png": png(0)[:60] for index in range(62)} | {"good.png": png(0)})
+    larger = packed({f"{index}.png": png(0) for index in range(64)})
+    sizes = []
+
+    def slow(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        del module
+        sizes.append(len(inputs[0]))
+        time.sleep(1.1)
+
+    hook = worker.handler._classifier._model.register_forward_pre_hook(slow)
+    try:
+        late, first, single = worker.answer(
+            as_sent([("image", "", larger)]),
+            as_sent([("image", "", zipped)]),
+            as_sent([("image", "", png(1))]),
+        )
+    finally:
+        hook.remove()
+    assert sizes == [2]
+    assert late[0] == 503
+    assert late[1]["error"]["code"] == "overloaded"
+    assert "later" in late[1]["error"]["message"]
+    assert (first[0], single[0]) == (200, 200)
+    assert "label" in first[1][-1]
+    assert worker.answer_one([("image", "", larger)])[0] == 200
+    worker.handler.close()
+
+
+def test_the_zips_of_a_batch_are_not_expanded_all_at_once(worker: Worker) -> None:
+    size = 70 * 2**20
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("junk", bytes(size))
+    request = as_sent([("image", "", buffer.getvalue())])
+    peaks = []
+    for number in (1, 4):
+        tracemalloc.start()
+        answers = worker.answer(*[request] * number)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        assert [status for status, _ in answers] == [400] * number
+    assert peaks[1] < peaks[0] + size / 2
+
+
+def test_several_tiles_of_several_requests_share_a_batch(worker: Worker) -> None:
+    sizes = []
+
+    def note(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        del module
+        sizes.append(len(inputs[0]))
+
+    hook = worker.handler._classifier._model.register_forward_pre_hook(note)
+    try:
+        pair = [("a", "", png(1)), ("b", "", png(2))]
+        answers = worker.answer(*[as_sent(pair)] * 4, *[as_sent(pair[:1])] * 5)
+    finally:
+        hook.remove()
+    assert sizes == [13]
+    assert [len(body) for _, body in answers[:4]] == [2] * 4
+
+
+def test_a_gpu_that_torch_does_not_find_is_not_taken(model_dir: Path) -> None:
+    worker = Worker(model_dir, gpu=0)
+    found = worker.handler._classifier.device
+    assert str(found) == ("cuda:0" if torch.cuda.is_available() else "cpu")
+    assert worker.answer_one([("image", "", png(1))])[0] == 200
+    worker.handler.close()
 
 
 def test_a_stopping_server_refuses(

@@ -12,13 +12,6 @@ from mambamic.export.archive import MANIFEST_FILE, MODEL_CONFIG_FILE, write_arch
 from mambamic.launcher.archives import Model, ModelSpec, prepare
 from mambamic.launcher.settings import Settings
 
-from .random_checkpoint import write_random_checkpoint
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_random_checkpoint(tmp_path_factory.mktemp("checkpoint") / "random")
-
 
 @pytest.mark.parametrize(
     ("label", "name", "version"),
@@ -46,11 +39,13 @@ def test_a_source_that_is_not_there(tmp_path: Path) -> None:
         ModelSpec.parse(f"{tmp_path / 'gone'}=cells")
 
 
-def test_checkpoints_and_archives_get_the_settings(checkpoint: Path, tmp_path: Path) -> None:
-    archive = write_archive(checkpoint, tmp_path / "given.mar", model_name="given", version="3.0")
+def test_checkpoints_and_archives_get_the_settings(random_checkpoint: Path, tmp_path: Path) -> None:
+    archive = write_archive(
+        random_checkpoint, tmp_path / "given.mar", model_name="given", version="3.0"
+    )
     settings = Settings(workers=2, batch_size=5, max_batch_delay=7, device="cpu", backend="cpu")
     store = tmp_path / "store"
-    specs = [ModelSpec(checkpoint), ModelSpec(archive), ModelSpec(archive, "other", "4.0")]
+    specs = [ModelSpec(random_checkpoint), ModelSpec(archive), ModelSpec(archive, "other", "4.0")]
     models = prepare(specs, settings, store)
     assert models == [
         Model("mambamic", "1.0", "0.mar"),
@@ -73,9 +68,9 @@ def test_checkpoints_and_archives_get_the_settings(checkpoint: Path, tmp_path: P
         assert config["mambamic"] == {**written["mambamic"], "device": "cpu", "backend": "cpu"}
 
 
-def test_two_models_of_one_name_and_version(checkpoint: Path, tmp_path: Path) -> None:
+def test_two_models_of_one_name_and_version(random_checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"mambamic, version 1\.0"):
-        prepare([ModelSpec(checkpoint)] * 2, Settings(), tmp_path / "store")
+        prepare([ModelSpec(random_checkpoint)] * 2, Settings(), tmp_path / "store")
 
 
 def test_what_is_no_archive(tmp_path: Path) -> None:
@@ -85,3 +80,47 @@ def test_what_is_no_archive(tmp_path: Path) -> None:
     for name in ("text.mar", "empty.mar"):
         with pytest.raises(CheckpointError, match="mambamic archive"):
             prepare([ModelSpec(tmp_path / name)], Settings(), tmp_path / "store")
+
+
+def remade(archive: Path, target: Path, **members: bytes) -> Path:
+    """A copy of an archive with some of its members exchanged."""
+    names = {"manifest": MANIFEST_FILE, "config": MODEL_CONFIG_FILE}
+    ours = {names[key]: content for key, content in members.items()}
+    with zipfile.ZipFile(archive) as given, zipfile.ZipFile(target, "w") as copy:
+        for info in given.infolist():
+            copy.writestr(info.filename, ours.get(info.filename, given.read(info)))
+    return target
+
+
+def manifest(**changes: object) -> bytes:
+    model = {"modelName": "cells", "modelVersion": "1.0", "handler": "mambamic_service.py"}
+    return json.dumps({"model": model | changes}).encode()
+
+
+@pytest.mark.parametrize(
+    ("members", "said"),
+    [
+        ({"manifest": b"[]"}, "not a mapping"),
+        ({"manifest": b'{"model": null}'}, "None, not a mapping"),
+        ({"manifest": b"{"}, "not a model archive"),
+        ({"manifest": manifest(modelName="a/../b\n")}, "model name 'a/../b"),
+        ({"manifest": manifest(modelName=None)}, "model name"),
+        ({"manifest": manifest(modelVersion="1/2")}, "version '1/2'"),
+        ({"config": b"a: [1, 2"}, "not a model archive"),
+        ({"config": b"- 1\n- 2\n"}, "not a mapping"),
+    ],
+)
+def test_what_foreign_archives_state_is_checked(
+    members: dict[str, bytes], said: str, random_checkpoint: Path, tmp_path: Path
+) -> None:
+    given = write_archive(random_checkpoint, tmp_path / "given.mar")
+    foreign = remade(given, tmp_path / "foreign.mar", **members)
+    with pytest.raises(CheckpointError, match=said):
+        prepare([ModelSpec(foreign)], Settings(), tmp_path / "store")
+
+
+def test_a_name_of_ones_own_mends_an_unusable_one(random_checkpoint: Path, tmp_path: Path) -> None:
+    given = write_archive(random_checkpoint, tmp_path / "given.mar")
+    foreign = remade(given, tmp_path / "foreign.mar", manifest=manifest(modelName="a b"))
+    (model,) = prepare([ModelSpec(foreign, "cells")], Settings(), tmp_path / "store")
+    assert (model.name, model.version) == ("cells", "1.0")

@@ -32,10 +32,21 @@ def test_a_record_survives(tmp_path: Path) -> None:
     assert stat.S_IMODE(folder.root.stat().st_mode) == 0o700
     folder.write(RECORD)
     assert folder.read() == RECORD
+    folder.forget(replace(RECORD, pid=2))
+    assert folder.read() == RECORD
+    folder.forget(RECORD)
+    assert folder.read() is None
     (folder.root / "server.json").write_text("{}")
     assert folder.read() is None
-    folder.forget()
-    assert folder.read() is None
+
+
+def test_only_one_start_at_a_time_has_the_folder(tmp_path: Path) -> None:
+    folder = ServerFolder(tmp_path / "serve")
+    with folder.claim() as first, folder.claim() as second:
+        assert first
+        assert not second
+    with folder.claim() as again:
+        assert again
 
 
 def test_another_process_with_the_pid_is_not_the_server() -> None:

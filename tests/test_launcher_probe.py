@@ -2,13 +2,16 @@ from __future__ import annotations
 
 import http.server
 import io
+import json
 import threading
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from mambamic.launcher.probe import ask, draw_cell, reachable, worker_failure
+from mambamic.launcher.folders import ServerFolder
+from mambamic.launcher.probe import ask, draw_cell, reachable, token, worker_failure
 
 WORKER = """\
 2026-01-01T00:00:00,000 [INFO ] W-9000-cells_1.0-stdout - Torch worker started.
@@ -83,3 +86,33 @@ def test_asking_goes_past_proxies(monkeypatch: pytest.MonkeyPatch) -> None:
         reply = ask(server.server_port, "POST", "/", b"this")
     assert reply.status == 418
     assert reply.json() == {"got": "this"}
+
+
+def keys(key: str, hours: float) -> str:
+    end = datetime.now(timezone.utc) + timedelta(hours=hours)
+    stated = end.strftime("%Y-%m-%dT%H:%M:%S") + ".733615652Z"
+    return json.dumps(
+        {"inference": {"key": key, "expiration time": stated}, "API": {"key": "of-the-api"}}
+    )
+
+
+def test_a_token_is_renewed_only_after_it_has_expired(tmp_path: Path) -> None:
+    asked: list[tuple[str, str]] = []
+
+    class Tokens(Handler):
+        def do_GET(self) -> None:
+            asked.append((self.path, self.headers["Authorization"]))
+            (tmp_path / "key_file.json").write_text(keys("new", 1))
+            self.send_response(200)
+            self.end_headers()
+
+    folder = ServerFolder(tmp_path)
+    with http.server.HTTPServer(("127.0.0.1", 0), Tokens) as server:
+        port = server.server_port - 1
+        assert token(folder, port) == {}
+        folder.keys.write_text(keys("given", 0.9))
+        assert token(folder, port) == {"Authorization": "Bearer given"}
+        threading.Thread(target=server.handle_request, daemon=True).start()
+        folder.keys.write_text(keys("old", -0.1))
+        assert token(folder, port) == {"Authorization": "Bearer new"}
+    assert asked == [("/token?type=inference", "Bearer of-the-api")]

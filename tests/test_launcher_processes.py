@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 
 import psutil
+import pytest
 
 from mambamic.launcher import processes
 
@@ -32,7 +35,7 @@ def test_nothing_of_the_session_is_left() -> None:
     with process:
         members = processes.of_session(leader)
         assert len(members) == 2
-        processes.end(leader)
+        assert processes.end(leader) == []
         assert processes.of_session(leader) == []
         assert not any(member.is_running() for member in members if member != leader)
 
@@ -47,3 +50,27 @@ def test_workers_are_found_after_their_leader_has_died() -> None:
         processes.end(leader)
         assert time.monotonic() - began < 10
         assert not orphan.is_running()
+
+
+@pytest.fixture
+def _terminated() -> Iterator[None]:
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.usefixtures("_terminated")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_wait_until_they_are_released(number: signal.Signals) -> None:
+    done = []
+    with processes.signals_held() as release:
+        signal.raise_signal(number)
+        done.append("held")
+        with pytest.raises(KeyboardInterrupt):
+            release()
+        done.append("released")
+    assert done == ["held", "released"]
+    with pytest.raises(KeyboardInterrupt), processes.signals_held():
+        signal.raise_signal(number)
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(number)

@@ -2,9 +2,8 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import signal
 import socket
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,11 @@ import pytest
 
 from mambamic.errors import ServerError
 from mambamic.launcher import server
+from mambamic.launcher.archives import ModelSpec
 from mambamic.launcher.folders import Record, ServerFolder
 from mambamic.launcher.settings import Settings
+
+from .e2e.servers import free_port
 
 
 @pytest.fixture(autouse=True)
@@ -42,38 +44,61 @@ def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         server.check_packages()
 
 
-def test_stopping_where_nothing_runs(tmp_path: Path) -> None:
-    assert server.running(8080) is None
-    assert not server.stop(8080)
+def test_only_logs_of_our_own_are_set_aside(tmp_path: Path) -> None:
+    for name in ("model_log.log", "console.log", "other.log"):
+        (tmp_path / name).write_text(name)
+    server._clear_logs(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "model_log.log.old",
+        "console.log.old",
+        "other.log",
+    }
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="Linux sets affinities")
+def test_threads_are_counted_by_what_this_process_may_use() -> None:
+    allowed = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(allowed)})
+    try:
+        assert server._cpus() == 1
+    finally:
+        os.sched_setaffinity(0, allowed)
+
+
+def test_a_second_start_does_not_harm_the_first(tmp_path: Path) -> None:
     folder = ServerFolder.of_port(8080)
-    folder.create()
-    scratch = tmp_path / "scratch"
-    scratch.mkdir()
-    # A server that has died: what it left is tidied away.
-    folder.write(Record(2**22 - 1, 0.0, "127.0.0.1", 8080, str(scratch), "logs", []))
-    assert server.running(8080) is None
-    assert not server.stop(8080)
-    assert folder.read() is None
-    assert not scratch.exists()
+    record = Record(1, 0.0, "127.0.0.1", 8080, str(tmp_path / "scratch"), "logs", [])
+    with folder.claim():
+        folder.write(record)
+        with (
+            pytest.raises(ServerError, match="another mambamic serve is starting"),
+            server.starting([], Settings(port=8080)),
+        ):
+            raise AssertionError("the start was let through")
+        assert folder.read() == record
 
 
-def test_workers_that_outlived_their_java_are_ended(tmp_path: Path) -> None:
-    spawn = "import subprocess; subprocess.Popen(['sleep', '600']); print('ready', flush=True)"
-    scratch = tmp_path / "scratch"
-    scratch.mkdir()
-    java = subprocess.Popen(
-        [sys.executable, "-c", spawn],
-        stdout=subprocess.PIPE,
-        env={**os.environ, "TMPDIR": str(scratch)},
-        start_new_session=True,
-    )
-    with java:
-        assert java.stdout is not None
-        assert java.stdout.readline() == b"ready\n"
-        java.wait(10)
-        folder = ServerFolder.of_port(8080)
-        folder.create()
-        folder.write(Record(java.pid, 0.0, "127.0.0.1", 8080, str(scratch), "logs", []))
-        assert not server.stop(8080)
-        # The pipe ends with the last process that holds it.
-        assert java.stdout.read() == b""
+def test_a_signal_in_the_midst_of_a_start_leaves_no_process(
+    random_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = ServerFolder.write
+    written: list[Record] = []
+
+    def interrupted(folder: ServerFolder, record: Record) -> None:
+        written.append(record)
+        signal.raise_signal(signal.SIGINT)
+        write(folder, record)
+
+    monkeypatch.setattr(ServerFolder, "write", interrupted)
+    port = free_port()
+    entered = False
+    with (
+        pytest.raises(KeyboardInterrupt),
+        server.starting([ModelSpec(random_checkpoint)], Settings(port=port, device="cpu")),
+    ):
+        entered = True
+    assert not entered
+    (record,) = written
+    assert record.process() is None
+    assert not Path(record.scratch).exists()
+    assert ServerFolder.of_port(port).read() is None

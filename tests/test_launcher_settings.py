@@ -7,12 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from mambamic.errors import BackendError, UsageError
 from mambamic.handlers.gate import VARIABLE
+from mambamic.launcher import settings
 from mambamic.launcher.folders import ServerFolder
 from mambamic.launcher.java import Java
 from mambamic.launcher.settings import (
+    CONSOLE_LOG,
+    LOG_NAMES,
     Settings,
     command,
     config_properties,
@@ -22,8 +26,8 @@ from mambamic.launcher.settings import (
 )
 
 
-def properties(settings: Settings, folder: ServerFolder) -> dict[str, str]:
-    text = config_properties(settings, folder, ["0.mar", "1.mar"])
+def properties(asked: Settings, folder: ServerFolder) -> dict[str, str]:
+    text = config_properties(asked, folder, ["0.mar", "1.mar"])
     return dict(line.split("=", 1) for line in text.splitlines())
 
 
@@ -67,6 +71,21 @@ def test_hidden_gpus_are_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         properties(Settings(device="cuda"), ServerFolder(tmp_path))
 
 
+def test_gpus_are_those_that_torch_can_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert gpu_count() == (torch.cuda.device_count() if torch.cuda.is_available() else 0)
+    # As on a GPU machine where torch was built for CPUs.
+    (tmp_path / "nvidia0").touch()
+    monkeypatch.setattr(settings, "DEVICES", tmp_path)
+    assert gpu_count() == (1 if torch.version.cuda else 0)
+
+
+@pytest.mark.parametrize("host", ["::1", "[::1]", "::", "fe80::1%eth0"])
+def test_an_ipv6_address_is_refused_with_what_to_use_instead(host: str) -> None:
+    with pytest.raises(UsageError, match=r"0\.0\.0\.0"):
+        Settings(host=host)
+
+
 def test_the_frontend_is_started_without_a_wrapper(tmp_path: Path) -> None:
     java = Java(Path("/opt/java/bin/java"), 17, "PATH")
     line = command(java, ServerFolder(tmp_path), tmp_path / "scratch", "python3")
@@ -95,9 +114,18 @@ def test_workers_get_the_gate_and_not_the_users_torchserve_settings(
 def test_the_log_files_roll_over_and_the_console_is_for_the_foreground(
     tmp_path: Path, foreground: bool
 ) -> None:
-    root = ElementTree.fromstring(log_config(Settings(foreground=foreground), tmp_path))
+    logs = tmp_path / 'a&b <c> "d" ROOT CONSOLE FILES $files %i'
+    root = ElementTree.fromstring(log_config(Settings(foreground=foreground), logs))
     files = [entry.get("fileName") for entry in root.iter("RollingFile")]
-    assert f"{tmp_path}/model_log.log" in files
+    assert f"{logs}/model_log.log" in files
+    assert {Path(name or "").name for name in files} | {CONSOLE_LOG} == set(LOG_NAMES)
+    (model_log,) = (entry for entry in root.iter("RollingFile") if entry.get("name") == "model_log")
+    assert model_log.get("filePattern") == f"{logs}/model_log.%i.log.gz".replace(" %i/", " %%i/")
+    assert {entry.get("additivity") for entry in root.iter("Logger")} == {
+        None,
+        "false",
+        str(foreground).lower(),
+    }
     assert len(list(root.iter("SizeBasedTriggeringPolicy"))) == len(files)
     (logger,) = root.iter("Root")
     assert ("console" in [entry.get("ref") for entry in logger]) == foreground

@@ -51,6 +51,24 @@ def test_too_many_files() -> None:
     assert len(read_zip(packed(files), max_tiles=257)) == 257
 
 
+@pytest.mark.parametrize("stated", [40_000, 1])
+def test_too_many_entries_are_not_even_listed(stated: int) -> None:
+    data = bytearray(packed({f"{index}/": b"" for index in range(40_000)}, zipfile.ZIP_STORED))
+    # What the archive says of itself is not to be relied upon.
+    struct.pack_into("<HH", data, data.rindex(b"PK\x05\x06") + 8, stated, stated)
+    tracemalloc.start()
+    with pytest.raises(TooLargeError, match="40000 entries"):
+        read_zip(bytes(data))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2 * len(data)  # an object for each would be 20 MB
+
+
+def test_a_nested_archive_is_a_tile() -> None:
+    nested = packed({f"{index}/": b"" for index in range(3000)})
+    assert read_zip(packed({"nested.zip": nested}, zipfile.ZIP_STORED)) == [("nested.zip", nested)]
+
+
 def test_bomb_is_refused_before_it_expands() -> None:
     data = packed({f"{index}": bytes(50_000_000) for index in range(3)})
     assert len(data) < 200_000

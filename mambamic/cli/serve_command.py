@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import signal
 import sys
 import time
@@ -11,7 +12,7 @@ from types import FrameType
 
 from mambamic.errors import ServerError, UsageError
 from mambamic.handlers.gate import Gate
-from mambamic.launcher import probe, server
+from mambamic.launcher import probe, server, stopping
 from mambamic.launcher.archives import ModelSpec
 from mambamic.launcher.settings import Settings
 
@@ -26,6 +27,8 @@ example:
   mambamic serve --stop
 """
 DEMO = "model_store/mambamic_t_pbc"
+# As kernels.BACKENDS, whose import takes seconds: it brings torch.
+BACKENDS = ("auto", "cpu", "cuda", "reference")
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -43,7 +46,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--host", default=defaults.host, help="address of predictions (default: %(default)s)")
     add("--workers", type=int, default=defaults.workers, help="processes per model")
     add("--device", choices=("auto", "cpu", "cuda"), default=defaults.device)
-    add("--backend", default=defaults.backend, help="of the scan: auto, cpu, cuda, reference")
+    add("--backend", choices=BACKENDS, default=defaults.backend, help="of the scan")
     add("--batch-size", type=int, default=defaults.batch_size, help="requests per batch, at most")
     add(
         "--max-batch-delay",
@@ -75,20 +78,19 @@ def run(args: argparse.Namespace) -> int:
     )
     signal.signal(signal.SIGTERM, _interrupt)
     began = time.monotonic()
-    started = server.start(_models(args.model), settings, args.log_dir)
-    try:
-        sample, shown = _sample()
+    sample, shown = _sample()
+    with server.starting(_models(args.model), settings, args.log_dir) as started:
         answers = server.wait_ready(started, sample)
-    except BaseException:
-        server.abandon(started)
-        raise
     seconds = time.monotonic() - began
     address = f"http://{probe.reachable(settings.host)}:{settings.port}"
     names = [model.name for model in started.models]
+    header = _token_header(started) if settings.token_auth else ""
     for model, answer in zip(started.models, answers, strict=True):
         path = model.path if names.count(model.name) > 1 else f"/predictions/{model.name}"
-        print(f"$ curl {address}{path} -F image=@{shown}")
+        print(f"$ curl {address}{path} -F image=@{shown}{header}")
         print(answer, flush=True)
+    if settings.token_auth:
+        print(f"tokens, which expire after an hour, are in {started.folder.keys}", flush=True)
     print(
         f"first answer after {seconds:.1f} s; logs in {started.record.logs}; "
         f"stop by: mambamic serve --stop --port {settings.port}",
@@ -119,8 +121,15 @@ def _sample() -> tuple[bytes, str]:
     return probe.draw_cell(), "cell.png"
 
 
+def _token_header(started: server.Server) -> str:
+    """Return what makes a curl line read the token at the time that it is used."""
+    script = "import json, sys; print(json.load(open(sys.argv[1]))['inference']['key'])"
+    key = f'$(python3 -c "{script}" {shlex.quote(str(started.folder.keys))})'
+    return f' -H "Authorization: Bearer {key}"'
+
+
 def _stop(port: int) -> int:
-    was_running = server.stop(port, say=lambda text: print(text, file=sys.stderr))
+    was_running = stopping.stop(port, say=lambda text: print(text, file=sys.stderr))
     print(f"server on port {port} stopped" if was_running else f"no server on port {port}")
     return 0
 
@@ -142,7 +151,7 @@ def _stay(started: server.Server) -> int:
         return _stop(port)
     if Gate(started.folder.gate).closed:
         return 0
-    server.stop(port)
+    stopping.stop(port)
     raise ServerError(
         "TorchServe's frontend ended by itself",
         "a Java process that stays",

@@ -7,23 +7,21 @@ asked for on the command line is written into a copy of the archive.
 from __future__ import annotations
 
 import json
-import re
 import shutil
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mambamic.errors import CheckpointError, UsageError
-from mambamic.export.archive import MANIFEST_FILE, MODEL_CONFIG_FILE, write_archive
+from mambamic.export.archive import MANIFEST_FILE, MODEL_CONFIG_FILE, check_label, write_archive
 from mambamic.launcher.settings import Settings
 
 DEFAULT_NAME = "mambamic"
-
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
-_VERSION = re.compile(r"[0-9]+(\.[0-9]+)*")
+DEFAULT_VERSION = "1.0"
 
 
 @dataclass(frozen=True)
@@ -56,13 +54,14 @@ class ModelSpec:
                 "a checkpoint folder or a .mar archive",
                 "give its path",
             )
-        for value, pattern, what in ((name, _NAME, "name"), (version, _VERSION, "version")):
-            if value and not pattern.fullmatch(value):
-                raise UsageError(
-                    f"--model {text}: the {what} {value!r}",
-                    "letters, digits, '.', '-' and '_' in a name; digits and dots in a version",
-                    "write SOURCE=NAME:VERSION, for example model_store/cells=cells:1.0",
-                )
+        try:
+            check_label(name or DEFAULT_NAME, version or DEFAULT_VERSION)
+        except UsageError as error:
+            raise UsageError(
+                f"--model {text}: {error.problem}",
+                error.expected,
+                "write SOURCE=NAME:VERSION, for example model_store/cells=cells:1.0",
+            ) from error
         return cls(Path(source), name or None, version or None)
 
 
@@ -112,21 +111,27 @@ def prepare(specs: Sequence[ModelSpec], settings: Settings, store: Path) -> list
 def _pack(spec: ModelSpec, scratch: Path) -> Path:
     out = scratch / "model.mar"
     write_archive(
-        spec.source, out, model_name=spec.name or DEFAULT_NAME, version=spec.version or "1.0"
+        spec.source,
+        out,
+        model_name=spec.name or DEFAULT_NAME,
+        version=spec.version or DEFAULT_VERSION,
     )
     return out
 
 
 def _adapt(source: Path, target: Path, spec: ModelSpec, settings: Settings) -> Model:
+    import yaml
+
     try:
         with zipfile.ZipFile(source) as archive:
-            manifest = json.loads(archive.read(MANIFEST_FILE))
-            model = manifest["model"]
-            config_name = model.get("configFile", MODEL_CONFIG_FILE)
+            manifest = _mapping(json.loads(archive.read(MANIFEST_FILE)), MANIFEST_FILE)
+            model = _mapping(manifest["model"], f'"model" in {MANIFEST_FILE}')
+            config_name = str(model.get("configFile", MODEL_CONFIG_FILE))
             stated = archive.read(config_name) if config_name in archive.namelist() else b""
             model["configFile"] = config_name
-            model["modelName"] = spec.name or model["modelName"]
+            model["modelName"] = spec.name or str(model["modelName"] or "")
             model["modelVersion"] = spec.version or str(model["modelVersion"])
+            check_label(model["modelName"], model["modelVersion"])
             ours = {
                 MANIFEST_FILE: json.dumps(manifest, indent=2).encode(),
                 config_name: _with_settings(stated, settings),
@@ -137,7 +142,16 @@ def _adapt(source: Path, target: Path, spec: ModelSpec, settings: Settings) -> M
                         copy.writestr(info.filename, archive.read(info))
                 for name, content in ours.items():
                     copy.writestr(name, content)
-    except (zipfile.BadZipFile, KeyError, TypeError, ValueError) as error:
+    # A member may be encrypted, or packed in a way that zipfile cannot read: RuntimeError.
+    except (
+        zipfile.BadZipFile,
+        zlib.error,
+        yaml.YAMLError,
+        KeyError,
+        RuntimeError,
+        UsageError,
+        ValueError,
+    ) as error:
         raise CheckpointError(
             f"{source} is not a model archive ({error})",
             "a .mar file with a manifest, or a checkpoint folder",
@@ -146,10 +160,16 @@ def _adapt(source: Path, target: Path, spec: ModelSpec, settings: Settings) -> M
     return Model(model["modelName"], model["modelVersion"], target.name)
 
 
+def _mapping(value: object, what: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError(f"{what} is {repr(value)[:80]}, not a mapping")
+    return value
+
+
 def _with_settings(stated: bytes, settings: Settings) -> bytes:
     import yaml
 
-    config: dict[str, Any] = yaml.safe_load(stated) or {}
+    config = _mapping(yaml.safe_load(stated) or {}, "its configuration")
     own = config.get("mambamic", {})
     section: Mapping[str, Any] = own if isinstance(own, dict) else {"version": own}
     config |= {

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -99,6 +102,22 @@ class ServerFolder:
         for folder in (self.store, self.gate):
             folder.mkdir(exist_ok=True)
 
+    @contextmanager
+    def claim(self) -> Iterator[bool]:
+        """Hold the folder, for a start, inside the block.
+
+        Yields:
+            Whether it could be had: a second start at the same time cannot.
+        """
+        self.create()
+        with (self.root / "lock").open("a") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                yield False
+            else:
+                yield True
+
     def write(self, record: Record) -> None:
         """Remember a server."""
         self._record.write_text(json.dumps(asdict(record), indent=2) + "\n", encoding="utf-8")
@@ -110,7 +129,9 @@ class ServerFolder:
         except (OSError, ValueError, TypeError):
             return None
 
-    def forget(self) -> None:
-        """Drop the remembered server and its tokens."""
+    def forget(self, record: Record) -> None:
+        """Drop a server and its tokens, unless another one is remembered here by now."""
+        if self.read() not in (record, None):
+            return
         self._record.unlink(missing_ok=True)
         self.keys.unlink(missing_ok=True)

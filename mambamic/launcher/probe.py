@@ -7,6 +7,7 @@ import io
 import json
 import re
 from dataclasses import dataclass
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,8 @@ def reachable(host: str) -> str:
 def token(folder: ServerFolder, port: int, kind: str = "inference") -> dict[str, str]:
     """Return the header that admits a request, or none where the server wants no token.
 
+    A new token ends the old one, which clients use; so one is made only where that has expired.
+
     Args:
         folder: The server's folder.
         port: The port of predictions.
@@ -68,17 +71,23 @@ def token(folder: ServerFolder, port: int, kind: str = "inference") -> dict[str,
     """
     try:
         keys = json.loads(folder.keys.read_text(encoding="utf-8"))
-        fresh = ask(
-            port + 1,
-            "GET",
-            f"/token?type={kind}",
-            headers={"Authorization": f"Bearer {keys['API']['key']}"},
-        )
-        if fresh.status == 200:
+        if _has_expired(keys[kind]["expiration time"]):
+            ask(
+                port + 1,
+                "GET",
+                f"/token?type={kind}",
+                headers={"Authorization": f"Bearer {keys['API']['key']}"},
+            )
             keys = json.loads(folder.keys.read_text(encoding="utf-8"))
         return {"Authorization": f"Bearer {keys[kind]['key']}"}
     except (OSError, ValueError, KeyError):
         return {}
+
+
+def _has_expired(stated: str) -> bool:
+    # Java writes nanoseconds, and fewer digits where the last ones are zero; seconds are enough.
+    moment = datetime.strptime(stated[:19], "%Y-%m-%dT%H:%M:%S").replace(tzinfo=timezone.utc)
+    return moment <= datetime.now(timezone.utc)
 
 
 def draw_cell() -> bytes:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from types import FrameType
 
 import psutil
 
@@ -26,12 +28,15 @@ def of_session(java: psutil.Process) -> list[psutil.Process]:
     return found
 
 
-def end(java: psutil.Process, patience: float = 8) -> None:
+def end(java: psutil.Process, patience: float = 8) -> list[psutil.Process]:
     """End a server: Java first, then whatever of its session is left, by force if need be.
 
     Args:
         java: The session's leader, checked to be the server's.
         patience: Seconds that Java has to end by itself.
+
+    Returns:
+        What could not be ended.
     """
     # Java first: it would start a worker anew that ends before it.
     _send([java], signal.SIGTERM)
@@ -41,10 +46,55 @@ def end(java: psutil.Process, patience: float = 8) -> None:
     # A worker leaves by itself when its connection closes; one that computes, or still loads,
     # has to be told.
     psutil.wait_procs(of_session(java), timeout=0.5)
+    return end_found(lambda: of_session(java))
+
+
+def end_found(find: Callable[[], list[psutil.Process]]) -> list[psutil.Process]:
+    """End processes, by force if need be, and wait until they have.
+
+    Args:
+        find: Returns those that are left; it is asked again, as they may start others.
+
+    Returns:
+        What could not be ended.
+    """
     for number, seconds in ((signal.SIGTERM, 1.5), (signal.SIGKILL, 5), (signal.SIGKILL, 5)):
-        left = of_session(java)
+        left = find()
         _send(left, number)
         psutil.wait_procs(left, timeout=seconds)
+    return find()
+
+
+@contextlib.contextmanager
+def signals_held() -> Iterator[Callable[[], None]]:
+    """Put SIGINT and SIGTERM off, so that a process which is being started is not lost track of.
+
+    Yields:
+        What to call when its end is provided for: signals that came are dealt with then, else at
+        the end of the block.
+    """
+    # Python handles signals in the main thread alone.
+    ours = threading.current_thread() is threading.main_thread()
+    numbers = (signal.SIGINT, signal.SIGTERM) if ours else ()
+    came: list[int] = []
+
+    def keep(number: int, frame: FrameType | None) -> None:
+        del frame
+        came.append(number)
+
+    before = {number: signal.signal(number, keep) for number in numbers}
+
+    def release() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        before.clear()
+        while came:
+            signal.raise_signal(came.pop())
+
+    try:
+        yield release
+    finally:
+        release()
 
 
 def _is_in(session: int, process: psutil.Process) -> bool:

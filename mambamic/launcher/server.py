@@ -1,4 +1,4 @@
-"""Starting a server and waiting for its first answer; stopping it without dropping a request."""
+"""Starting a server and waiting for its first answer."""
 
 from __future__ import annotations
 
@@ -6,13 +6,12 @@ import contextlib
 import http.client
 import importlib.util
 import os
-import shutil
 import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,11 +20,13 @@ import psutil
 
 from mambamic.errors import ServerError
 from mambamic.handlers.gate import Gate
-from mambamic.launcher import probe, processes
+from mambamic.launcher import probe, processes, stopping
 from mambamic.launcher.archives import Model, ModelSpec, prepare
 from mambamic.launcher.folders import Record, ServerFolder
-from mambamic.launcher.java import find_java
+from mambamic.launcher.java import Java, find_java
 from mambamic.launcher.settings import (
+    CONSOLE_LOG,
+    LOG_NAMES,
     Settings,
     command,
     config_properties,
@@ -34,7 +35,6 @@ from mambamic.launcher.settings import (
 )
 
 START_TIMEOUT_S = 180
-DRAIN_TIMEOUT_S = 30
 # TorchServe's worker imports these and its package does not declare them all.
 _NEEDED = {"ts": "torchserve==0.12.0", "torch": "torch", "yaml": "pyyaml", "psutil": "psutil"}
 
@@ -104,8 +104,11 @@ def check_ports(settings: Settings) -> None:
                 ) from error
 
 
-def start(specs: Sequence[ModelSpec], settings: Settings, logs: Path | None = None) -> Server:
-    """Start TorchServe, detached, and return at once.
+@contextlib.contextmanager
+def starting(
+    specs: Sequence[ModelSpec], settings: Settings, logs: Path | None = None
+) -> Iterator[Server]:
+    """Start TorchServe, detached; if the block fails, end it again and leave only its logs.
 
     Args:
         specs: The models.
@@ -113,28 +116,52 @@ def start(specs: Sequence[ModelSpec], settings: Settings, logs: Path | None = No
         logs: Where to log, if not in the server's own folder.
 
     Raises:
-        ServerError: Java or a package is missing, or a port is taken.
+        ServerError: Java or a package is missing, a port is taken, or another start on the same
+            port is under way.
         CheckpointError: A model cannot be packed.
     """
     check_packages()
-    check_ports(settings)
     java = find_java()
     folder = ServerFolder.of_port(settings.port)
-    folder.create()
-    folder.forget()
-    logs = (logs or folder.root / "logs").absolute()
-    _clear_logs(logs)
-    models = prepare(specs, settings, folder.store)
-    Gate(folder.gate).open()
+    with folder.claim() as claimed:
+        if not claimed:
+            raise ServerError(
+                f"another mambamic serve is starting a server on port {settings.port}",
+                "one start at a time on a port",
+                "wait for it, or choose another port by --port",
+            )
+        check_ports(settings)
+        if (earlier := folder.read()) is not None:
+            # Java has died by itself; a worker that it left behind would answer for nobody.
+            stopping.end_orphans(earlier)
+            stopping.tidy(folder, earlier)
+        logs = (logs or folder.root / "logs").absolute()
+        _clear_logs(logs)
+        models = prepare(specs, settings, folder.store)
+        Gate(folder.gate).open()
+        with processes.signals_held() as release:
+            server = _launch(java, folder, settings, models, logs)
+            try:
+                release()
+                yield server
+            except BaseException:
+                processes.end(server.java, patience=2)
+                stopping.tidy(folder, server.record)
+                raise
+
+
+def _launch(
+    java: Java, folder: ServerFolder, settings: Settings, models: list[Model], logs: Path
+) -> Server:
     folder.config.write_text(
         config_properties(settings, folder, [model.archive for model in models]), encoding="utf-8"
     )
     folder.log_config.write_text(log_config(settings, logs), encoding="utf-8")
     # Not inside the folder: the path of a worker's socket may be 107 bytes at most.
     scratch = Path(tempfile.mkdtemp(prefix=f"mambamic-{settings.port}-"))
-    threads = max(1, (os.cpu_count() or 1) // (settings.workers * len(models)))
-    with (logs / "console.log").open("wb") as console:
-        process = subprocess.Popen(
+    threads = max(1, _cpus() // (settings.workers * len(models)))
+    with (logs / CONSOLE_LOG).open("wb") as console:
+        java_process = psutil.Popen(
             command(java, folder, scratch, sys.executable),
             cwd=folder.root,
             env=environment(folder, logs, scratch, threads),
@@ -143,25 +170,37 @@ def start(specs: Sequence[ModelSpec], settings: Settings, logs: Path | None = No
             stderr=subprocess.STDOUT if not settings.foreground else None,
             start_new_session=True,
         )
-    handle = psutil.Process(process.pid)
     record = Record(
-        pid=process.pid,
-        created=handle.create_time(),
+        pid=java_process.pid,
+        created=java_process.create_time(),
         host=settings.host,
         port=settings.port,
         scratch=str(scratch),
         logs=str(logs),
         models=[f"{model.name}/{model.version}" for model in models],
     )
-    folder.write(record)
-    return Server(settings, folder, record, handle, models)
+    try:
+        folder.write(record)
+    except BaseException:
+        processes.end(java_process, patience=2)
+        stopping.tidy(folder, record)
+        raise
+    return Server(settings, folder, record, java_process, models)
+
+
+def _cpus() -> int:
+    # A container, or taskset, may allow fewer than the machine has.
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _clear_logs(logs: Path) -> None:
     logs.mkdir(parents=True, exist_ok=True)
     # The failure of an earlier start must not be taken for this one's.
-    for log in logs.glob("*.log"):
-        log.replace(log.with_suffix(".log.old"))
+    for name in LOG_NAMES:
+        if (logs / name).exists():
+            (logs / name).replace(logs / f"{name}.old")
 
 
 def wait_ready(server: Server, body: bytes, timeout: float = START_TIMEOUT_S) -> list[str]:
@@ -176,8 +215,7 @@ def wait_ready(server: Server, body: bytes, timeout: float = START_TIMEOUT_S) ->
         The answers, JSON text, one per model.
 
     Raises:
-        ServerError: Java or a worker died, with what it said, or time is up. The server runs on:
-            call `abandon`.
+        ServerError: Java or a worker died, with what it said, or time is up.
     """
     deadline = time.monotonic() + timeout
     headers: dict[str, str] = {}
@@ -223,7 +261,7 @@ def _check_alive(server: Server, deadline: float) -> None:
             f"mend what the traceback says; the full logs are in {logs}",
         )
     if server.record.process() is None:
-        console = logs / "console.log"
+        console = logs / CONSOLE_LOG
         said = console.read_text(encoding="utf-8", errors="replace") if console.exists() else ""
         raise ServerError(
             f"TorchServe's frontend ended:\n{said[-4000:]}\n",
@@ -265,91 +303,3 @@ def _answer_text(server: Server, model: Model, answer: Future[probe.Reply]) -> s
         "a prediction",
         f"see the logs in {server.record.logs}",
     )
-
-
-def abandon(server: Server) -> None:
-    """End a server that did not come up, leaving nothing but its logs."""
-    processes.end(server.java, patience=2)
-    _tidy(server.folder, server.record)
-
-
-def stop(
-    port: int, drain: float = DRAIN_TIMEOUT_S, say: Callable[[str], None] = lambda _: None
-) -> bool:
-    """Stop the server on a port: answer what has arrived, refuse what comes later, end Java.
-
-    Args:
-        port: Of predictions.
-        drain: Seconds that requests in flight have to be answered.
-        say: Told what could not be waited for.
-
-    Returns:
-        Whether a server was running.
-
-    Raises:
-        ServerError: A process could not be ended.
-    """
-    folder = ServerFolder.of_port(port)
-    record = folder.read()
-    if record is None:
-        return False
-    java = record.process()
-    if java is None:
-        # Java has died by itself; workers that it left behind are still in its session.
-        _end_orphans(record)
-        _tidy(folder, record)
-        return False
-    _drain(folder, record, drain, say)
-    processes.end(java)
-    left = processes.of_session(java)
-    if left:
-        raise ServerError(
-            f"processes {', '.join(str(process.pid) for process in left)} do not end",
-            "them to end when killed",
-            "they wait for a device or disk: see dmesg, and end them when it is back",
-        )
-    _tidy(folder, record)
-    return True
-
-
-def _drain(
-    folder: ServerFolder, record: Record, timeout: float, say: Callable[[str], None]
-) -> None:
-    """Wait for what was in flight when this was called; then the gate is shut.
-
-    The frontend's queue is first in, first out: once a request of our own comes back, all that
-    came before it are with a worker.
-    """
-    deadline = time.monotonic() + timeout
-    gate = Gate(folder.gate)
-    headers = probe.token(folder, record.port) if folder.keys.exists() else {}
-    for model in record.models:
-        left = max(0.1, deadline - time.monotonic())
-        with contextlib.suppress(OSError, http.client.HTTPException):
-            probe.ask(
-                record.port,
-                "POST",
-                f"/predictions/{model}",
-                b"",
-                headers=headers,
-                host=probe.reachable(record.host),
-                timeout=left,
-            )
-    gate.close()
-    if not gate.wait_idle(max(0.1, deadline - time.monotonic())):
-        say(f"requests still in flight after {timeout:.0f} s are dropped")
-    # The workers are done; the frontend still has the last answers to write.
-    time.sleep(0.2)
-
-
-def _end_orphans(record: Record) -> None:
-    for process in psutil.process_iter():
-        with contextlib.suppress(OSError, psutil.Error):
-            ours = process.environ().get("TMPDIR") == record.scratch
-            if ours and os.getsid(process.pid) == record.pid:
-                process.kill()
-
-
-def _tidy(folder: ServerFolder, record: Record) -> None:
-    shutil.rmtree(record.scratch, ignore_errors=True)
-    folder.forget()

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import importlib.util
+import ipaddress
 import os
+import runpy
 from dataclasses import dataclass
 from pathlib import Path
+from string import Template
+from xml.sax.saxutils import quoteattr
 
 import psutil
 
 from mambamic.errors import BackendError, ServerError, UsageError
+from mambamic.export.archive import RESPONSE_TIMEOUT_S
 from mambamic.handlers.gate import VARIABLE as GATE_VARIABLE
 from mambamic.launcher.folders import MAIN_CLASS, ServerFolder
 from mambamic.launcher.java import Java
@@ -16,21 +22,21 @@ from mambamic.launcher.java import Java
 # 256 tiles of a megabyte; a response holds probabilities, or pictures in answer to one request.
 MAX_REQUEST_BYTES = 256 * 1024 * 1024
 MAX_RESPONSE_BYTES = 64 * 1024 * 1024
-RESPONSE_TIMEOUT_S = 120
 QUEUE_SIZE = 1000
+DEVICES = Path("/dev")
 
-LOG_CONFIG = """<?xml version="1.0" encoding="UTF-8"?>
+_LOG_CONFIG = """<?xml version="1.0" encoding="UTF-8"?>
 <Configuration>
   <Appenders>
     <Console name="console" target="SYSTEM_OUT">
       <PatternLayout pattern="%d{ISO8601} [%-5p] %t - %m%n%ex"/>
     </Console>
-FILES  </Appenders>
+$files  </Appenders>
   <Loggers>
     <Logger name="ACCESS_LOG" level="info" additivity="false">
       <AppenderRef ref="access_log"/>
     </Logger>
-    <Logger name="MODEL_LOG" level="info" additivity="CONSOLE">
+    <Logger name="MODEL_LOG" level="info" additivity="$foreground">
       <AppenderRef ref="model_log"/>
     </Logger>
     <Logger name="org.pytorch.serve.http" level="info" additivity="false">
@@ -45,14 +51,13 @@ FILES  </Appenders>
     <Logger name="io.netty" level="error"/>
     <Logger name="org.apache" level="off"/>
     <Root level="info">
-ROOT      <AppenderRef ref="ts_log"/>
+$root      <AppenderRef ref="ts_log"/>
     </Root>
   </Loggers>
 </Configuration>
 """
-_LOG_FILE = """    <RollingFile name="{name}" fileName="{folder}/{name}.log"
-                 filePattern="{folder}/{name}.%i.log.gz">
-      <PatternLayout pattern="%d{{ISO8601}} [%-5p] %t - %m%n{exceptions}"/>
+_LOG_FILE = """    <RollingFile name="$name" fileName=$file filePattern=$rolled>
+      <PatternLayout pattern="%d{ISO8601} [%-5p] %t - %m%n$exceptions"/>
       <Policies><SizeBasedTriggeringPolicy size="50 MB"/></Policies>
       <DefaultRolloverStrategy max="5"/>
     </RollingFile>
@@ -67,6 +72,8 @@ _LOG_FILES = {
     "ts_log": "%ex",
     "ts_metrics": "%ex",
 }
+CONSOLE_LOG = "console.log"
+LOG_NAMES = (CONSOLE_LOG, *(f"{name}.log" for name in _LOG_FILES))
 
 
 @dataclass(frozen=True)
@@ -75,7 +82,7 @@ class Settings:
 
     Args:
         port: Of predictions; management and metrics take the two ports after it.
-        host: The address of predictions; management and metrics stay on loopback.
+        host: The address of predictions, IPv4 or a name; management and metrics stay on loopback.
         workers: Processes per model.
         device: ``auto``, ``cpu`` or ``cuda``.
         backend: Of the scan, ``auto`` or a name.
@@ -109,6 +116,13 @@ class Settings:
                     f"a number from {low} to {high}",
                     "choose another value",
                 )
+        if _is_ipv6(self.host):
+            raise UsageError(
+                f"--host {self.host}",
+                "an IPv4 address or a host name: TorchServe cannot be told an IPv6 address",
+                "use a name that stands for the address, or 0.0.0.0, which is every address of "
+                "this machine, IPv6 included",
+            )
 
     @property
     def management_port(self) -> int:
@@ -121,21 +135,41 @@ class Settings:
         return self.port + 2
 
 
+def _is_ipv6(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host.strip("[]")).version == 6
+    except ValueError:
+        return False
+
+
 def gpu_count() -> int:
-    """Return how many NVIDIA GPUs workers may use, without importing torch."""
+    """Return how many NVIDIA GPUs workers may use, without importing torch: that takes seconds."""
+    if _cuda_of_torch() is None:
+        return 0
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    present = len(list(Path("/dev").glob("nvidia[0-9]*")))
+    present = len(list(DEVICES.glob("nvidia[0-9]*")))
     if visible is None or not present:
         return present
     return len([device for device in visible.split(",") if device.strip() not in ("", "-1")])
+
+
+def _cuda_of_torch() -> str | None:
+    """Return the CUDA version that torch is built for, or None for a build without it."""
+    spec = importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None:
+        return None
+    # A file of constants beside the package's own.
+    stated = runpy.run_path(str(Path(spec.origin).with_name("version.py"))).get("cuda")
+    return None if stated is None else str(stated)
 
 
 def _gpus(settings: Settings) -> int:
     found = 0 if settings.device == "cpu" else gpu_count()
     if settings.device == "cuda" and not found:
         raise BackendError(
-            "--device cuda: no NVIDIA GPU is visible",
-            "a GPU and its driver, not hidden by CUDA_VISIBLE_DEVICES",
+            f"--device cuda: no NVIDIA GPU is usable (the CUDA version of torch: "
+            f"{_cuda_of_torch() or 'none, a CPU build'})",
+            "a GPU and its driver, not hidden by CUDA_VISIBLE_DEVICES, and a CUDA build of torch",
             "use --device auto or cpu; mambamic doctor shows what is there",
         )
     return found
@@ -183,12 +217,20 @@ def config_properties(settings: Settings, folder: ServerFolder, archives: list[s
 def log_config(settings: Settings, logs: Path) -> str:
     """Return the frontend's logging configuration: files that roll over, console on request."""
     files = "".join(
-        _LOG_FILE.format(name=name, folder=logs, exceptions=exceptions)
+        Template(_LOG_FILE).substitute(
+            name=name,
+            file=quoteattr(str(logs / f"{name}.log")),
+            # In a pattern a percent sign begins a field.
+            rolled=quoteattr(str(logs).replace("%", "%%") + f"/{name}.%i.log.gz"),
+            exceptions=exceptions,
+        )
         for name, exceptions in _LOG_FILES.items()
     )
-    console = '      <AppenderRef ref="console"/>\n' if settings.foreground else ""
-    text = LOG_CONFIG.replace("FILES", files).replace("ROOT", console)
-    return text.replace("CONSOLE", str(settings.foreground).lower())
+    return Template(_LOG_CONFIG).substitute(
+        files=files,
+        root='      <AppenderRef ref="console"/>\n' if settings.foreground else "",
+        foreground=str(settings.foreground).lower(),
+    )
 
 
 def command(java: Java, folder: ServerFolder, scratch: Path, python: str) -> list[str]:

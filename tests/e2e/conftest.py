@@ -18,12 +18,9 @@ from .servers import ROOT, RunningServer, serve
 
 
 @pytest.fixture(scope="session")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The demo checkpoint, or one with random weights where there is none."""
-    demo = ROOT / "model_store" / "mambamic_t_pbc"
-    if (demo / "config.json").exists():
-        return demo
-    return write_random_checkpoint(tmp_path_factory.mktemp("model") / "random", input_size=224)
+def checkpoint() -> Path:
+    """The demo checkpoint."""
+    return ROOT / "model_store" / "mambamic_t_pbc"
 
 
 @pytest.fixture(scope="session")

@@ -112,11 +112,15 @@ class RunningServer:
         """Send form fields, as ``curl -F`` does: name, content, content type."""
         return self._send(fields=[(name, ("file", data, kind)) for name, data, kind in fields])
 
-    def body(self, data: bytes, content_type: str | None = "image/png") -> Answer:
+    def body(
+        self,
+        data: bytes,
+        content_type: str | None = "image/png",
+        headers: dict[str, str] | None = None,
+    ) -> Answer:
         """Send a raw body."""
-        return self._send(
-            body=data, headers={} if content_type is None else {"Content-Type": content_type}
-        )
+        stated = {} if content_type is None else {"Content-Type": content_type}
+        return self._send(body=data, headers={**stated, **(headers or {})})
 
     def describe(self) -> dict[str, Any]:
         """What the management API says of the model."""
@@ -174,26 +178,35 @@ def end_group(process: subprocess.Popen[Any]) -> None:
 
 @dataclass
 class Load:
-    """Clients at once, each sending a bounded number of requests."""
+    """Clients at once, each sending a bounded number of requests, with an image of its own.
+
+    Where there are fewer images than clients they take turns. ``of_image`` holds what was answered
+    to which image.
+    """
 
     server: RunningServer
-    image: bytes
+    images: list[bytes]
     clients: int
     requests: int
     answers: list[tuple[float, float, Answer]] = field(default_factory=list)
+    of_image: list[tuple[int, Answer]] = field(default_factory=list)
     _threads: list[threading.Thread] = field(default_factory=list)
     _stop: threading.Event = field(default_factory=threading.Event)
 
-    def _client(self) -> None:
+    def _client(self, number: int) -> None:
+        image = number % len(self.images)
         for _ in range(self.requests):
             if self._stop.is_set():
                 return
             began = time.monotonic()
-            answer = self.server.body(self.image)
+            answer = self.server.body(self.images[image])
             self.answers.append((began, time.monotonic(), answer))
+            self.of_image.append((image, answer))
 
     def __enter__(self) -> Load:
-        self._threads = [threading.Thread(target=self._client) for _ in range(self.clients)]
+        self._threads = [
+            threading.Thread(target=self._client, args=(number,)) for number in range(self.clients)
+        ]
         for thread in self._threads:
             thread.start()
         return self

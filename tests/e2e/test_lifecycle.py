@@ -13,16 +13,19 @@ import sys
 import tempfile
 import time
 import zipfile
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
 import pytest
 import urllib3
 
 from mambamic.export.archive import HANDLER_FILE, write_archive
+from mambamic.launcher import stopping
 from mambamic.launcher.java import find_java
 from mambamic.launcher.probe import token
 
 from .servers import (
+    ROOT,
     Load,
     end_all,
     end_group,
@@ -45,7 +48,7 @@ def test_a_killed_worker_comes_back_and_the_server_ends_gently(
         state, str(quick_checkpoint), "--device", "cpu", "--batch-size", str(BATCH)
     ) as server:
         began = time.monotonic()
-        with Load(server, cell, clients=64, requests=6) as load:
+        with Load(server, [cell], clients=64, requests=6) as load:
             assert wait_for(lambda: len(load.answers) >= 20, 30)
             (victim,) = server.worker_pids()
             os.kill(victim, signal.SIGKILL)
@@ -64,11 +67,12 @@ def test_a_killed_worker_comes_back_and_the_server_ends_gently(
         )
         rate = len(load.answers) / (load.answers[-1][1] - began)
         print(f"back {back:.1f} s after the kill; {rate:.0f} requests/s")
-        assert back < 20  # 10 s on a machine of its own
+        # A test machine may be busy; alone it is to be 10 s.
+        assert back < 20, f"the first answer after the kill took {back:.1f} s, not 10"
         assert server.worker_pids() != [victim]
 
         # All that was sent before the stop is answered; what comes later is told so.
-        with Load(server, cell, clients=16, requests=200) as load:
+        with Load(server, [cell], clients=16, requests=200) as load:
             assert wait_for(lambda: len(load.answers) >= 20, 30)
             asked = time.monotonic()
             stopped = run_mambamic(state, "serve", "--stop", "--port", str(server.port))
@@ -108,12 +112,16 @@ def test_two_servers_and_two_models_on_one_machine(
         assert other["probabilities"] == pytest.approx(one_answer.json["probabilities"], abs=1e-5)
 
         assert two.body(cell).status == 400  # TorchServe's answer to a missing token
-        admitted = post(
-            f"http://127.0.0.1:{two.port}/predictions/mambamic",
-            body=cell,
-            headers={"Content-Type": "image/png", **token(two.folder, two.port)},
+        header = token(two.folder, two.port)
+        # Asking again, as --stop does, leaves the clients' token as it is.
+        assert token(two.folder, two.port) == header
+        assert two.body(cell, headers=header).status == 200
+        (curl,) = (line[2:] for line in two.printed.splitlines() if line.startswith("$ curl"))
+        printed = subprocess.run(
+            ["sh", "-c", curl], capture_output=True, text=True, timeout=60, check=True, cwd=ROOT
         )
-        assert admitted.status == 200
+        assert "label" in json.loads(printed.stdout)
+        assert str(two.folder.keys) in two.printed.splitlines()[2]
 
         taken = run_mambamic(
             state, "serve", "--port", str(one.port), "--model", str(quick_checkpoint)
@@ -136,6 +144,62 @@ def test_two_servers_and_two_models_on_one_machine(
         assert pids[0] not in left
         assert pids[1] in left
     assert of_state(state) == []
+
+
+def test_of_two_starts_at_once_one_serves_and_the_other_harms_nothing(
+    quick_checkpoint: Path, state: Path, cell: bytes
+) -> None:
+    port = free_port()
+    command = [sys.executable, "-m", "mambamic", "serve", "--port", str(port), "--device", "cpu"]
+    starts = [
+        subprocess.Popen(
+            [*command, "--model", str(quick_checkpoint)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+            env=environment(state),
+        )
+        for _ in range(2)
+    ]
+    try:
+        ends = [(start.communicate(timeout=240), start.returncode) for start in starts]
+        (said,) = (errors for (_, errors), code in ends if code == 1)
+        assert [code for _, code in ends if code != 1] == [0]
+        assert f"another mambamic serve is starting a server on port {port}" in said
+        url = f"http://127.0.0.1:{port}/predictions/mambamic"
+        assert post(url, body=cell, headers={"Content-Type": "image/png"}).status == 200
+        stopped = run_mambamic(state, "serve", "--stop", "--port", str(port))
+        assert f"server on port {port} stopped" in stopped.stdout
+        assert of_state(state) == []
+    finally:
+        end_all(state)
+
+
+def test_what_a_worker_has_not_begun_is_answered_before_the_stop(
+    quick_checkpoint: Path, state: Path, cell: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MAMBAMIC_STATE", str(state))
+    with (
+        serve(state, str(quick_checkpoint), "--device", "cpu", "--workers", "2") as server,
+        ThreadPoolExecutor(2) as pool,
+    ):
+        assert wait_for(lambda: len(server.worker_pids()) == 2, 60)
+        # What the frontend hands to this one lies in its socket, and nobody is busy with it.
+        held = server.worker_pids()[0]
+        os.kill(held, signal.SIGSTOP)
+        try:
+            waiting = pool.submit(server.body, cell)
+            while not wait([waiting], timeout=2).not_done:
+                waiting = pool.submit(server.body, cell)
+            stopped = pool.submit(stopping.stop, server.port)
+            time.sleep(1.5)
+            assert not stopped.done()
+        finally:
+            os.kill(held, signal.SIGCONT)
+        assert waiting.result(60).status == 200
+        assert stopped.result(60)
+        assert of_state(state) == []
 
 
 def _listening_addresses(pid: int) -> set[str]:
@@ -164,7 +228,8 @@ def test_a_broken_archive_ends_the_start_with_the_traceback(
     assert done.returncode == 1
     assert "Traceback (most recent call last)" in done.stderr
     assert "CheckpointError" in done.stderr
-    assert time.monotonic() - began < 60
+    seconds = time.monotonic() - began
+    assert seconds < 60, f"the refusal took {seconds:.0f} s"
     assert of_state(state) == []
 
 

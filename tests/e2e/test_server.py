@@ -5,11 +5,13 @@ from __future__ import annotations
 import io
 import json
 import re
+import socket
 import subprocess
 import zipfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -62,8 +64,8 @@ def test_the_start_ends_with_a_printed_prediction(server: RunningServer) -> None
     seconds = re.match(r"first answer after ([0-9.]+) s", summary)
     assert seconds is not None
     print(summary)
-    # 20 s on a machine of its own; a test machine may be busy.
-    assert float(seconds.group(1)) < 60
+    # A test machine may be busy; alone it is to be 20 s.
+    assert float(seconds.group(1)) < 60, f"the first answer took {seconds.group(1)} s, not 20"
 
 
 def test_the_printed_command_works(
@@ -123,6 +125,7 @@ BAD_INPUT = {
     "too many tiles": (413, "too_large", "257"),
     "every tile bad": (400, "decode_failed", "not an image"),
     "repeated fields": (400, "bad_request", "ZIP"),
+    "too many entries": (413, "too_large", "entries"),
     "text": (415, "unsupported_media_type", "text/plain"),
     "json": (415, "unsupported_media_type", "application/json"),
     "urlencoded": (415, "unsupported_media_type", "image/png"),
@@ -146,6 +149,9 @@ def test_bad_input(server: RunningServer, cell: bytes, expected: dict[str, Any],
         ),
         "too many tiles": lambda: server.body(
             packed({str(index): cell for index in range(257)}), "application/zip"
+        ),
+        "too many entries": lambda: server.body(
+            packed({f"{index}/": b"" for index in range(3000)}), "application/zip"
         ),
         "every tile bad": lambda: server.body(packed({"a": b"x", "b": b"y"}), "application/zip"),
         "repeated fields": lambda: server.form(*[("image", cell, "image/png")] * 2),
@@ -201,23 +207,42 @@ def test_every_odd_image_gets_an_answer(
         check(server.body(cell).json, expected)
 
 
-def test_64_clients_lose_nothing(
-    server: RunningServer, cell: bytes, expected: dict[str, Any]
+def variants(image: Image.Image, number: int) -> list[bytes]:
+    """The same cell in other colours and places, so that each has probabilities of its own."""
+    pixels = np.asarray(image.convert("RGB"))
+    random = np.random.default_rng(7)
+    made = []
+    for _ in range(number):
+        shift = tuple(random.integers(0, image.height, 2))
+        moved = np.roll(pixels, shift, (0, 1)) * random.uniform(0.5, 1, 3)
+        made.append(saved(Image.fromarray(moved.astype(np.uint8)), "PNG"))
+    return made
+
+
+def test_64_clients_each_get_the_answer_to_their_own_image(
+    server: RunningServer, cell_image: Image.Image, classifier: Classifier
 ) -> None:
-    with Load(server, cell, clients=64, requests=3) as load:
+    images = variants(cell_image, 64)
+    expected = [
+        prediction.as_json() for prediction in classifier.predict([decode(one) for one in images])
+    ]
+    rows = np.array([list(one["probabilities"].values()) for one in expected])
+    apart = np.abs(rows[:, None] - rows[None]).max(2) + np.eye(64)
+    assert apart.min() > 1e-4, "two images that cannot be told apart"
+    with Load(server, images, clients=64, requests=3) as load:
         load.wait()
-    assert len(load.answers) == 192
-    assert {answer.status for _, _, answer in load.answers} == {200}
-    for _, _, answer in load.answers:
-        check(answer.json, expected)
+    assert len(load.of_image) == 192
+    assert {answer.status for _, answer in load.of_image} == {200}
+    for image, answer in load.of_image:
+        check(answer.json, expected[image])
 
 
 def test_a_bad_image_in_a_batch_harms_no_other(
     server: RunningServer, cell: bytes, expected: dict[str, Any]
 ) -> None:
     with (
-        Load(server, cell, clients=16, requests=3) as good,
-        Load(server, cell[:-200], clients=8, requests=3) as bad,
+        Load(server, [cell], clients=16, requests=3) as good,
+        Load(server, [cell[:-200]], clients=8, requests=3) as bad,
     ):
         good.wait()
         bad.wait()
@@ -236,6 +261,18 @@ def test_the_management_api_reports_what_is_used(
     used = described["customizedMetadata"]
     assert used["versions"]["mambamic"] == __version__
     assert (used["device"], used["backend"]) == ("cpu", classifier.backend)
+
+
+def test_a_client_is_not_told_versions(server: RunningServer, cell: bytes) -> None:
+    # No more than this one header, as the management API sends it to the worker.
+    with socket.create_connection(("127.0.0.1", server.port), timeout=60) as bare:
+        bare.sendall(b"GET /predictions/mambamic HTTP/1.1\r\ndescribe: True\r\n\r\n")
+        reply = bare.recv(65536)
+    assert reply.startswith(b"HTTP/1.1 400")
+    assert b"versions" not in reply
+    answer = server.body(cell, headers={"describe": "True"})
+    assert answer.status == 200
+    assert "label" in answer.json
 
 
 def test_logs_hold_no_names_and_no_bytes(server: RunningServer, cell: bytes) -> None:
