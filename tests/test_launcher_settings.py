@@ -20,6 +20,7 @@ from mambamic.launcher.settings import (
     Settings,
     command,
     config_properties,
+    default_workers,
     environment,
     gpu_count,
     log_config,
@@ -78,6 +79,13 @@ def test_gpus_are_those_that_torch_can_use(tmp_path: Path, monkeypatch: pytest.M
     (tmp_path / "nvidia0").touch()
     monkeypatch.setattr(settings, "DEVICES", tmp_path)
     assert gpu_count() == (1 if torch.version.cuda else 0)
+
+
+def test_two_workers_for_each_gpu_and_one_for_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(settings, "gpu_count", lambda: 3)
+    assert [default_workers(device) for device in ("auto", "cuda", "cpu")] == [6, 6, 1]
+    monkeypatch.setattr(settings, "gpu_count", lambda: 0)
+    assert default_workers("auto") == 1
 
 
 @pytest.mark.parametrize("host", ["::1", "[::1]", "::", "fe80::1%eth0"])

@@ -14,7 +14,7 @@ from mambamic.errors import ServerError, UsageError
 from mambamic.handlers.gate import Gate
 from mambamic.launcher import probe, server, stopping
 from mambamic.launcher.archives import ModelSpec
-from mambamic.launcher.settings import Settings
+from mambamic.launcher.settings import Settings, default_workers
 
 DESCRIPTION = """\
 Serve models over HTTP with TorchServe. Ends when the first prediction has been answered; the
@@ -44,7 +44,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     add("--port", type=int, default=defaults.port, help="of predictions (default: %(default)s)")
     add("--host", default=defaults.host, help="address of predictions (default: %(default)s)")
-    add("--workers", type=int, default=defaults.workers, help="processes per model")
+    add("--workers", type=int, help="processes per model (default: two for each GPU, else one)")
     add("--device", choices=("auto", "cpu", "cuda"), default=defaults.device)
     add("--backend", choices=BACKENDS, default=defaults.backend, help="of the scan")
     add("--batch-size", type=int, default=defaults.batch_size, help="requests per batch, at most")
@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
     settings = Settings(
         port=args.port,
         host=args.host,
-        workers=args.workers,
+        workers=default_workers(args.device) if args.workers is None else args.workers,
         device=args.device,
         backend=args.backend,
         token_auth=args.token_auth,

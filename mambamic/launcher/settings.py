@@ -153,6 +153,17 @@ def gpu_count() -> int:
     return len([device for device in visible.split(",") if device.strip() not in ("", "-1")])
 
 
+def default_workers(device: str) -> int:
+    """Return how many workers a model gets where nobody says.
+
+    One on a CPU, which it fills. Two for each GPU: one decodes while the other classifies, and
+    while a killed one plans its kernels anew, which takes a GPU's libraries many seconds, the
+    other answers.
+    """
+    gpus = 0 if device == "cpu" else gpu_count()
+    return max(1, 2 * gpus)
+
+
 def _cuda_of_torch() -> str | None:
     """Return the CUDA version that torch is built for, or None for a build without it."""
     spec = importlib.util.find_spec("torch")

@@ -202,6 +202,30 @@ def test_what_a_worker_has_not_begun_is_answered_before_the_stop(
         assert of_state(state) == []
 
 
+def test_of_two_workers_one_answers_while_the_other_comes_back(
+    quick_checkpoint: Path, state: Path, cell: bytes
+) -> None:
+    with serve(state, str(quick_checkpoint), "--device", "cpu", "--workers", "2") as server:
+        assert wait_for(lambda: len(server.worker_pids()) == 2, 60)
+        with Load(server, [cell], clients=8, requests=400) as load:
+            assert wait_for(lambda: len(load.answers) >= 50, 30)
+            victim, survivor = server.worker_pids()
+            os.kill(victim, signal.SIGSTOP)  # so that it holds requests when it dies
+            time.sleep(0.5)
+            os.kill(victim, signal.SIGKILL)
+            killed = time.monotonic()
+            assert wait_for(lambda: len(load.answers) >= 1000, 60)
+        lost = [answer for _, _, answer in load.answers if answer.status != 200]
+        assert len(lost) <= 8, "more than was in flight"
+        after = sorted(
+            end for _, end, answer in load.answers if answer.status == 200 and end > killed
+        )
+        gap = max(later - earlier for earlier, later in zip([killed, *after], after, strict=False))
+        print(f"the longest time without an answer after the kill: {gap:.2f} s")
+        assert gap < 10
+        assert survivor in server.worker_pids()
+
+
 def _listening_addresses(pid: int) -> set[str]:
     import psutil
 
