@@ -26,8 +26,8 @@ from mambamic.preprocess import Pixels
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _MAX_BATCH = {"cpu": 32, "cuda": 256}
 # On a GPU every batch size that cuDNN sees for the first time costs it seconds of planning, so
-# that only few are shown to it. Up to the middle one a GPU takes about as long for any batch.
-_BUCKETS = (1, 32, 256)
+# that only few are shown to it. Up to the second one a GPU takes about as long for any batch.
+_BUCKETS = (1, 32, 128, 256)
 
 
 @dataclass(frozen=True)
@@ -193,7 +193,7 @@ class Classifier:
     def warm_up(self) -> None:
         """Classify blank images once, so that no user waits for kernels to be compiled.
 
-        The largest bucket of a GPU is left out: only bulk work comes to it, and can wait.
+        The larger buckets of a GPU are left out: only bulk work comes to them, and can wait.
         """
         size = self.config.input_size
         for batch in sorted({1, min(self.max_batch, _BUCKETS[1])}):

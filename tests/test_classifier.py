@@ -146,7 +146,7 @@ def test_few_batch_sizes(count: int, parts: list[tuple[int, int]]) -> None:
 
 
 def test_every_image_is_in_a_batch() -> None:
-    for buckets in ((1,), (1, 32), (1, 20), (1, 32, 256), (1, 32, 40)):
+    for buckets in ((1,), (1, 32), (1, 20), (1, 32, 40), (1, 32, 128, 256)):
         for count in range(600):
             batches = list(bucketed(count, buckets))
             assert sum(images for images, _ in batches) == count
