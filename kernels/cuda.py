@@ -45,10 +45,19 @@ def unavailable() -> str | None:
         if built is None:
             return f"torch {torch.__version__} is built without CUDA: install a CUDA build of torch"
         return f"torch (CUDA {built}) finds no NVIDIA GPU: check the driver with nvidia-smi"
+    module = _missing_module()
+    if module is None:
+        return None
+    major = (torch.version.cuda or "13").split(".")[0]
+    return f"{module} is not installed: pip install 'cuda-core[cu{major}]'"
+
+
+@functools.cache
+def _missing_module() -> str | None:
+    """Return what the launch needs and does not find; looked up once, as every scan asks."""
     for module in ("cuda", "cuda.core", "cuda.bindings"):
         if importlib.util.find_spec(module) is None:
-            major = (torch.version.cuda or "13").split(".")[0]
-            return f"{module} is not installed: pip install 'cuda-core[cu{major}]'"
+            return module
     return None
 
 
