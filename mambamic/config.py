@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from mambamic._version import __version__
-from mambamic.errors import CheckpointError
+from mambamic.errors import CheckpointError, UsageError
 from mambamic.preprocess import INTERPOLATIONS, RESIZE_RULES, Preprocess, Triple
 
 FORMAT_VERSION = 1
@@ -85,6 +85,18 @@ class Config:
     def to_json(self) -> str:
         """Return the text of ``config.json``."""
         return json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n"
+
+    @classmethod
+    def from_settings(cls, **fields: Any) -> Config:
+        """Build a config from what a user chose, where a wrong value is a wrong call.
+
+        Raises:
+            UsageError: Naming the field, its value, and what was expected.
+        """
+        try:
+            return cls(**fields)
+        except CheckpointError as error:
+            raise UsageError(error.problem, error.expected, error.remedy) from error
 
     @classmethod
     def from_json(cls, text: str) -> Config:

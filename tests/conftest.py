@@ -22,13 +22,10 @@ def _find_data() -> Path | None:
 
 @pytest.fixture(scope="session")
 def data_dir() -> Path:
-    """The folder of real images and slides; absent, a failure in CI and a skip elsewhere."""
+    """The folder of real images and slides; tests that need it are left out where it is absent."""
     found = _find_data()
     if found is None or not found.is_dir():
-        reason = f"real data not found ({found}): set MAMBAMIC_DATA to its folder"
-        if os.environ.get("CI"):
-            pytest.fail(reason)
-        pytest.skip(reason)
+        pytest.fail(f"real data not found ({found}): set MAMBAMIC_DATA to its folder")
     return found
 
 
@@ -38,8 +35,11 @@ def root() -> Path:
     return ROOT
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what needs a GPU where there is none: the only skip that CI allows."""
+LEFT_OUT = pytest.StashKey[int]()
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skip what needs a GPU where there is none, and, outside CI, what needs absent data."""
     import torch
 
     if not torch.cuda.is_available():
@@ -47,6 +47,24 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(skip)
+    found = _find_data()
+    if (found is not None and found.is_dir()) or os.environ.get("CI"):
+        return
+    without = [item for item in items if "data_dir" in getattr(item, "fixturenames", ())]
+    config.hook.pytest_deselected(items=without)
+    items[:] = [item for item in items if item not in without]
+    config.stash[LEFT_OUT] = len(without)
+
+
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
+    """Say in one line what absent data left out."""
+    count = config.stash.get(LEFT_OUT, 0)
+    if count:
+        terminalreporter.write_line(
+            f"{count} tests need real data: set MAMBAMIC_DATA to its folder", yellow=True
+        )
 
 
 @pytest.fixture(scope="session")

@@ -87,23 +87,19 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _config(args: argparse.Namespace, classes: tuple[str, ...]) -> Config:
-    try:
-        return Config(
-            architecture=args.arch,
-            classes=classes,
-            input_size=args.input_size,
-            resize=args.resize,
-            interpolation=args.interpolation,
-            mean=tuple(args.mean),
-            std=tuple(args.std),
-            mpp=args.mpp,
-            head=args.head,
-            licence=args.licence,
-            training_data=args.training_data,
-        )
-    except CheckpointError as error:
-        # Here the values come from the command line.
-        raise UsageError(error.problem, error.expected, error.remedy) from error
+    return Config.from_settings(
+        architecture=args.arch,
+        classes=classes,
+        input_size=args.input_size,
+        resize=args.resize,
+        interpolation=args.interpolation,
+        mean=tuple(args.mean),
+        std=tuple(args.std),
+        mpp=args.mpp,
+        head=args.head,
+        licence=args.licence,
+        training_data=args.training_data,
+    )
 
 
 def _card(args: argparse.Namespace, config: Config) -> str:

@@ -22,7 +22,7 @@ from pytorch_lightning.utilities.exceptions import SIGTERMException
 from mambamic._version import __version__
 from mambamic.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from mambamic.config import Config
-from mambamic.errors import BackendError, CheckpointError, DataError, UsageError
+from mambamic.errors import BackendError, DataError, UsageError
 from mambamic.kernels import resolve
 from mambamic.models import create_model
 from mambamic.preprocess import Preprocess
@@ -79,18 +79,15 @@ class Run:
         Raises:
             UsageError: A setting that no checkpoint can have.
         """
-        try:
-            return Config(
-                architecture=self.architecture,
-                classes=classes,
-                mpp=self.mpp,
-                licence=self.licence,
-                training_data=self.training_data,
-                metrics=metrics,
-                **asdict(self.preprocess),
-            )
-        except CheckpointError as error:
-            raise UsageError(error.problem, error.expected, error.remedy) from error
+        return Config.from_settings(
+            architecture=self.architecture,
+            classes=classes,
+            mpp=self.mpp,
+            licence=self.licence,
+            training_data=self.training_data,
+            metrics=metrics,
+            **asdict(self.preprocess),
+        )
 
 
 class _Keep(ModelCheckpoint):

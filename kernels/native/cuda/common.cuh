@@ -2,7 +2,7 @@
 //
 // Compiled at run time by NVRTC, so it includes nothing and takes its sizes as macros:
 //   DTYPE     0 float32, 1 float16, 2 bfloat16: x, projections, y and their gradients
-//   D_STATE   N, a multiple of 4          DT_RANK   R
+//   D_STATE   N, which is 16              DT_RANK   R
 //   CHANNELS  channels per block
 //   KEEP      1: the forward pass stores the state at the start of every tile
 //   SPLIT     1: the channels of an image are spread over several blocks (backward)
