@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mambamic.errors import BackendError, ShapeError, UsageError
-from mambamic.kernels import cpu, cuda, reference
+from mambamic.kernels import cpu, cuda, cuda_backward, reference
 
 BACKENDS = ("auto", "reference", "cpu", "cuda")
 _NATIVE: dict[str, ModuleType] = {"cpu": cpu, "cuda": cuda}
@@ -184,7 +184,7 @@ def _scan_backward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     if backend == "cuda":
-        return cuda.backward(grad_y, x, projections, dt_weight, dt_bias, A, skip, states)
+        return cuda_backward.backward(grad_y, x, projections, dt_weight, dt_bias, A, skip, states)
     return cpu.backward(grad_y, x, projections, dt_weight, dt_bias, A, skip)
 
 
