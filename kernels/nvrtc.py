@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from ctypes import c_float, c_int32
 from pathlib import Path
 from typing import Any
@@ -18,8 +20,7 @@ import torch
 from torch import Tensor
 
 SOURCES = Path(__file__).resolve().parent / "native" / "cuda"
-# What a block may use without asking for more.
-_STATIC_SHARED_BYTES = 48 * 1024
+_recording = threading.local()
 
 
 @functools.cache
@@ -60,21 +61,22 @@ def _program(device: int, sources: tuple[str, ...], macros: tuple[tuple[str, int
 
 @functools.cache
 def _kernel(
-    device: int,
-    sources: tuple[str, ...],
-    name: str,
-    macros: tuple[tuple[str, int], ...],
-    shared_bytes: int,
+    device: int, sources: tuple[str, ...], name: str, macros: tuple[tuple[str, int], ...]
 ) -> Any:
-    """Return one kernel, allowed to use ``shared_bytes`` of dynamic shared memory."""
-    kernel = _program(device, sources, macros).get_kernel(name)
-    if shared_bytes > _STATIC_SHARED_BYTES:
-        from cuda.bindings import driver
+    """Return one kernel, allowed to use all the shared memory that a block can have."""
+    from cuda.bindings import driver
 
-        limit = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-        (status,) = driver.cuKernelSetAttribute(limit, shared_bytes, kernel.handle, device)
-        if status != driver.CUresult.CUDA_SUCCESS:
-            raise RuntimeError(f"{name} cannot use {shared_bytes} bytes of shared memory: {status}")
+    kernel = _program(device, sources, ((f"KERNEL_{name}", 1), *macros)).get_kernel(name)
+    attribute = driver.CUfunction_attribute
+    static = attribute.CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES
+    dynamic = attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+    status, used = driver.cuKernelGetAttribute(static, kernel.handle, device)
+    properties: Any = torch.cuda.get_device_properties(device)
+    free = properties.shared_memory_per_block_optin - used
+    if status == driver.CUresult.CUDA_SUCCESS:
+        (status,) = driver.cuKernelSetAttribute(dynamic, free, kernel.handle, device)
+    if status != driver.CUresult.CUDA_SUCCESS:
+        raise RuntimeError(f"{name} cannot have {free} bytes of shared memory: {status}")
     return kernel
 
 
@@ -84,18 +86,19 @@ def launch(
     macros: Mapping[str, int],
     grid: tuple[int, ...],
     threads: int,
-    *arguments: Tensor | int | float,
+    *arguments: Tensor | int | float | None,
     shared_bytes: int = 0,
 ) -> None:
     """Launch a kernel on torch's current stream of the first tensor's device.
 
     Args:
         sources: Files in ``native/cuda``, compiled in this order as one text.
-        name: An ``extern "C"`` kernel in them.
-        macros: Defined for the compilation.
+        name: An ``extern "C"`` kernel in them; ``KERNEL_name`` is defined for the compilation.
+        macros: Defined as well.
         grid: Blocks.
         threads: Per block.
-        arguments: Tensors go as their addresses, integers as int, floats as float.
+        arguments: Tensors go as their addresses, None as a null pointer, integers as int, floats
+            as float.
         shared_bytes: Dynamic shared memory per block.
     """
     from cuda.core import LaunchConfig, Stream
@@ -103,15 +106,39 @@ def launch(
 
     device = next(argument.device for argument in arguments if isinstance(argument, Tensor))
     assert device.index is not None  # tensors on a GPU always have one
+    key = (device.index, sources, name, tuple(macros.items()))
+    recorded: set[Any] | None = getattr(_recording, "keys", None)
+    if recorded is not None:
+        recorded.add(key)
+        return
     with torch.cuda.device(device):
-        kernel = _kernel(device.index, sources, name, tuple(macros.items()), shared_bytes)
+        kernel = _kernel(*key)
         stream = Stream.from_handle(torch.cuda.current_stream(device).cuda_stream)
         config = LaunchConfig(grid=grid, block=threads, shmem_size=shared_bytes)
         launch_kernel(stream, config, kernel, *map(_as_argument, arguments))
 
 
-def _as_argument(value: Tensor | int | float) -> Any:
+def compile_ahead(work: Callable[[], object]) -> None:
+    """Compile all that some work would launch, on all cores at once.
+
+    Args:
+        work: Called once on this thread; its launches are noted and do nothing, so that what it
+            returns is meaningless.
+    """
+    _recording.keys = set()
+    try:
+        work()
+        keys = list(_recording.keys)
+    finally:
+        _recording.keys = None
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(lambda key: _kernel(*key), keys))
+
+
+def _as_argument(value: Tensor | int | float | None) -> Any:
     # A pointer goes as a plain Python integer, 64 bits wide; C numbers must say their width.
+    if value is None:
+        return 0
     if isinstance(value, Tensor):
         return value.data_ptr()
     return c_int32(value) if isinstance(value, int) else c_float(value)

@@ -90,6 +90,88 @@ def test_any_width(d: int, rank: int) -> None:
         assert error(got.grad, want.grad) < 2e-5
 
 
+def pack(projections: Tensor) -> Tensor:
+    """Reorder (..., K, R + 2N) as ``scan_inference`` reads it, by the weights' own function."""
+    rank = projections.shape[-1] - 32
+    chooser = torch.eye(4 * (rank + 32), device="cuda").unflatten(0, (4, -1))
+    return projections.flatten(-2) @ cuda.pack_projection(chooser).T.to(projections.dtype)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("length", SHAPES)
+def test_inference_agrees_with_reference(length: int, batch: int, dtype: torch.dtype) -> None:
+    d, rank = (24, 1) if length > 1000 else (96, 6)
+    x, projections, *weights = make(batch, SHAPES[length], d, rank, dtype, seed=length + batch)
+    expected = reference.selective_scan_2d(*(t.double() for t in (x, projections, *weights)))
+    prepared = cuda.ScanWeights.of(*weights)
+    y = cuda.scan_inference(x, pack(projections), prepared)
+    assert y.dtype == dtype
+    assert error(y, expected) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("shape", [(7, 7), (28, 28), (13, 35)])
+def test_stacked_scans_give_what_each_gives(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    stack, d, rank = 4, 24, 1
+    x, projections, *weights = make(2 * stack, shape, d, rank, dtype)
+    prepared = cuda.ScanWeights.of(*weights)
+    alone = cuda.scan_inference(x, pack(projections), prepared)
+
+    def side_by_side(t: Tensor) -> Tensor:
+        joined: Tensor = t.unflatten(0, (2, stack))
+        return joined.moveaxis(1, 3).contiguous()
+
+    y = cuda.scan_inference(side_by_side(x), pack(side_by_side(projections)), prepared)
+    assert torch.equal(y, side_by_side(alone))
+    trained, states = cuda.forward(side_by_side(x), side_by_side(projections), *weights, keep=True)
+    expected, expected_states = cuda.forward(x, projections, *weights, keep=True)
+    assert torch.equal(trained, side_by_side(expected))
+    assert torch.equal(states, expected_states)
+
+
+@pytest.mark.parametrize("shape", [(28, 28), (56, 56), (13, 35)])
+@pytest.mark.parametrize("d", [24, 96, 20])
+def test_few_images_in_chunks_give_what_many_give(shape: tuple[int, int], d: int) -> None:
+    x, projections, *weights = make(1, shape, d, 3, torch.float32)
+    prepared = cuda.ScanWeights.of(*weights)
+    one = cuda.scan_inference(x, pack(projections), prepared)
+    many = torch.cuda.get_device_properties(0).multi_processor_count
+    images, rows = (t.expand(many, *t.shape[1:]).contiguous() for t in (x, pack(projections)))
+    for image in cuda.scan_inference(images, rows, prepared)[[0, -1]]:
+        assert error(image, one[0].double()) < 2e-6
+
+
+def test_a_view_is_read_where_it_lies() -> None:
+    for d, offset in ((24, 8), (24, 3), (20, 0)):
+        wide, projections, *weights = make(2, (9, 11), 64, 2, torch.float16)
+        view = wide[..., offset : offset + d]
+        narrow = [weight[:, :d].contiguous() for weight in weights]
+        prepared = cuda.ScanWeights.of(*narrow)
+        expected = cuda.scan_inference(view.contiguous(), pack(projections), prepared)
+        y = cuda.scan_inference(view, pack(projections), prepared)
+        assert y.is_contiguous()
+        assert torch.equal(y, expected)
+    transposed = view.transpose(1, 2)
+    flipped = cuda.scan_inference(transposed, pack(projections.transpose(1, 2)), prepared)
+    expected = cuda.scan_inference(
+        transposed.contiguous(), pack(projections.transpose(1, 2).contiguous()), prepared
+    )
+    assert torch.equal(flipped, expected)
+
+
+@pytest.mark.parametrize("rank", [1, 3, 12])
+def test_packed_projections(rank: int) -> None:
+    weight = torch.arange(4 * (rank + 32) * 2.0).view(4, rank + 32, 2)
+    packed = cuda.pack_projection(weight)
+    assert packed.shape == (128 + -(-4 * rank // 8) * 8, 2)
+    for k in range(4):
+        assert torch.equal(packed[32 * k : 32 * k + 32], weight[k, rank:])
+        at = 128 + k * rank
+        assert torch.equal(packed[at : at + rank], weight[k, :rank])
+    assert not packed[128 + 4 * rank :].any()
+
+
 def test_is_deterministic_and_writes_every_element() -> None:
     inputs = make(5, (14, 14), 96, 3, torch.float16)
     runs = []

@@ -1,184 +1,318 @@
-// The forward pass; common.cuh comes before it in the same compilation.
+// The forward pass; common.cuh and the scan_*.cuh come before it.
+//   KEEP      1: store the states that begin every tile
+//
+// A block is four warps: one for each direction, over the same CHANNELS channels of one image.
+// A warp stages a tile of 16 positions by itself: B and C as float, the step sizes, the drive.
+// A lane holds SPT states of each of CPT channels in registers; lanes that share a channel add
+// up their parts of its output. The sum over directions is built up by tile, rows before
+// columns, with barriers between, so it is deterministic without atomics:
+//   MERGE_GLOBAL  in `partial`, fetched while the tile is scanned
+//   MERGE_SHARED  in shared memory, where the image is small
+// Few images do not fill the chip. Then the scan goes in chunks of the sequence, all at once:
+//   SUMMARISE     each chunk's final state from a zero start, and its sum of steps
+//   RESCAN        each chunk from its own start, which scan_starts has worked out from those; a
+//                 direction's outputs go to its own part of `partial`, which scan_merge adds up
 
-#define THREADS (K_DIRECTIONS * CHANNELS)
-#define GROUP 8
-#define WARPS (THREADS / 32)
-#define SLOTS (K_DIRECTIONS * TILE)  // rows staged at once: one warp fetches the B and C of one
-#define FETCH_BC ((SLOTS + WARPS - 1) / WARPS)
-#define FETCH_DT ((SLOTS * DT_RANK + THREADS - 1) / THREADS)
-#define PLACE 0x03ffffff  // the position in an entry of `where`
-#define FIRST 0x40000000  // no other direction has written there yet
-#define LAST 0x20000000   // all other directions have
-#define NOWHERE -1        // beyond the end of the image
-
-// When direction `k` writes its step `l`: by tile, and within a tile rows before columns.
-__device__ __forceinline__ int turn(int k, int l) {
-    return l / TILE * K_DIRECTIONS + ((k & 1) << 1 | k >> 1);
-}
-
-// Where step `l` of direction `k` lies, and whether it is the first or the last to write there.
-__device__ __forceinline__ int entry(int k, int l, int height, int width) {
-    const int L = height * width;
-    if (l >= L) return NOWHERE;
-    const int at = position(k, l, height, width);
-    const int by_columns = at % width * height + at / width;
-    const int mine = turn(k, l);
-    const int turns[K_DIRECTIONS] = {turn(0, at), turn(1, by_columns), turn(2, L - 1 - at),
-                                     turn(3, L - 1 - by_columns)};
-    bool first = true, last = true;
+// The outputs of a step: the sum over the states of c * s, by the lanes that share a channel.
+// Each of them ends with the channel of one of its slots, the one that has its own number. Float32
+// is summed in full; otherwise tensor cores do it, with states as exact as the type put out.
+__device__ __forceinline__ float read_out(const float s[CPT][SPT], const float c[SPT], int part) {
+    float y[4];
+#if DTYPE == 0
+    const unsigned all = 0xffffffffu;
 #pragma unroll
-    for (int other = 0; other < K_DIRECTIONS; ++other) {
-        first &= turns[other] >= mine;
-        last &= turns[other] <= mine;
+    for (int i = 0; i < 4; ++i) {
+        y[i] = 0.f;
+#pragma unroll
+        for (int n = 0; n < SPT; ++n)
+            if (i < CPT) y[i] += c[n] * s[i < CPT ? i : 0][n];
     }
-    return at | (first ? FIRST : 0) | (last ? LAST : 0);
+    const bool upper = part & 2, odd = part & 1;
+    y[0] = (upper ? y[2] : y[0]) + __shfl_xor_sync(all, upper ? y[0] : y[2], 2);
+    y[1] = (upper ? y[3] : y[1]) + __shfl_xor_sync(all, upper ? y[1] : y[3], 2);
+    return (odd ? y[1] : y[0]) + __shfl_xor_sync(all, odd ? y[0] : y[1], 1);
+#else
+#pragma unroll
+    for (int m = 0; m < 2; ++m) {
+        float sum[4] = {0.f, 0.f, 0.f, 0.f};
+        const int low = 2 * m, high = 2 * m + 1 < CPT ? 2 * m + 1 : 0;
+#pragma unroll
+        for (int n = 0; n < SPT; n += 2) {
+            const bool there = 2 * m + 1 < CPT;
+            const float a[4] = {s[low][n], there ? s[high][n] : 0.f, s[low][n + 1],
+                                there ? s[high][n + 1] : 0.f};
+            mma(sum, a, c[n], c[n + 1]);
+        }
+        y[2 * m] = sum[0], y[2 * m + 1] = sum[2];
+    }
+    const float even = part & 2 ? y[2] : y[0], odd = part & 2 ? y[3] : y[1];
+    return part & 1 ? odd : even;
+#endif
 }
 
-// The row of projections that belongs to an entry of `where` in direction `k`.
-__device__ __forceinline__ const elem* row_of(const elem* image_rows, int place, int k) {
-    return image_rows + ((place & PLACE) * K_DIRECTIONS + k) * ROW;
+// What a lane reads for one step.
+struct Step {
+    float b[SPT], c[SPT];
+    float2 drive[CPT];  // the step and the drive
+};
+
+__device__ __forceinline__ void load_step(Step& step, const float* bc,
+                                          const float* const drive[CPT], int t) {
+#pragma unroll
+    for (int n = 0; n < SPT; n += 4) {
+        *(float4*)(step.b + n) = *(const float4*)(bc + t * 2 * D_STATE + n);
+        *(float4*)(step.c + n) = *(const float4*)(bc + t * 2 * D_STATE + D_STATE + n);
+    }
+#pragma unroll
+    for (int i = 0; i < CPT; ++i)
+        step.drive[i] = *(const float2*)(drive[SWAP ? i ^ (t & 1) : i] + t * STEP_STRIDE);
 }
 
-// A block walks CHANNELS channels of one image in all four directions at once, tile by tile in
-// step. A thread is one channel in one direction; it keeps the states in registers and fetches
-// the next tile while it works on this one. The sum over directions is built up in `partial`:
-// barriers fix the order in which they write, so it needs no atomics and is deterministic.
+// Scan the staged tile; its outputs overwrite the steps. It goes on to a multiple of GROUP: what
+// it makes of steps beyond the end of the image nobody reads.
+__device__ __forceinline__ void scan_tile(Warp& warp, float s[CPT][SPT], const float a2[CPT][SPT],
+                                          float total[CPT], const int slots[CPT], int part,
+                                          int count) {
+    const float *bc = warp.bc[0] + part * SPT, *drive[CPT];
+    float* out = warp.steps[0] + slots[0] + 8 * part;
+#pragma unroll
+    for (int i = 0; i < CPT; ++i) drive[i] = warp.steps[0] + 2 * slots[i];
+    Step next;
+    load_step(next, bc, drive, 0);
+#pragma unroll 1
+    for (int start = 0; start < count; start += GROUP) {
+#pragma unroll
+        for (int t = 0; t < GROUP; ++t) {
+            const Step now = next;
+            load_step(next, bc, drive, t + 1);
+#pragma unroll
+            for (int i = 0; i < CPT; ++i) {
+                if (MODE == SUMMARISE) total[i] += now.drive[i].x;
+#pragma unroll
+                for (int n = 0; n < SPT; ++n)
+                    s[i][n] = exp2_fast(now.drive[i].x * a2[i][n]) * s[i][n] +
+                              now.drive[i].y * now.b[n];
+            }
+            if (MODE == SUMMARISE) continue;
+            // All lanes have read this row: they came together in read_out since. What a fourth
+            // part of three writes falls between the outputs and the next row.
+            out[t * STEP_STRIDE] = read_out(s, now.c, part);
+        }
+        bc += GROUP * 2 * D_STATE, out += GROUP * STEP_STRIDE;
+#pragma unroll
+        for (int i = 0; i < CPT; ++i) drive[i] += GROUP * STEP_STRIDE;
+    }
+}
+
+// Fetch what other directions have left where this tile is to be added.
+__device__ __forceinline__ void fetch_sums(Warp& warp, const Problem& p, const float* partial,
+                                           Entry where, int from, int lane) {
+#if MODE == MERGE_GLOBAL && ALIGNED
+#pragma unroll
+    for (int start = 0; start < TILE * QUARTERS; start += 32) {
+        const int t = (start + lane) / QUARTERS, c = (start + lane) % QUARTERS * 4;
+        const unsigned at = __shfl_sync(0xffffffffu, where.place, from + t);
+        const int flags = __shfl_sync(0xffffffffu, where.flags, from + t);
+        if (!(flags & (FIRST | LATE | BEYOND)) && c < p.channels)
+            copy16(&warp.sums[t][c], at_place(partial + c, at, p.y_values * 4));
+    }
+#endif
+}
+
+// Add the scanned tile to the sum over directions, and put out what is complete.
+__device__ __forceinline__ void merge(Warp& warp, const Problem& p, elem* y, float* partial,
+                                      float* map, Entry where, int from, int count, int lane) {
+#pragma unroll
+    for (int start = 0; start < TILE * QUARTERS; start += 32) {
+        if (start / QUARTERS >= count) break;
+        const int t = (start + lane) / QUARTERS, c = (start + lane) % QUARTERS * 4;
+        const unsigned at = __shfl_sync(0xffffffffu, where.place, from + t);
+        const int flags = __shfl_sync(0xffffffffu, where.flags, from + t);
+        const bool there = !(flags & BEYOND) && c < p.channels;
+        const bool complete = MODE <= MERGE_SHARED && (flags & LAST);
+        const int valid = p.channels - c;
+        float4 v = *(const float4*)&warp.steps[t][c];
+#if MODE == MERGE_SHARED
+        float* sum = map + at * CHANNELS + c;
+        const float4 before = *(const float4*)sum;
+#else
+        float* sum = at_place(partial + c, at, p.y_values * 4);
+        float4 before = make_float4(0.f, 0.f, 0.f, 0.f);
+#if MODE == MERGE_GLOBAL
+        before = *(const float4*)&warp.sums[t][c];
+        if (there && ((flags & LATE) || (!ALIGNED && !(flags & FIRST))))
+            before = load_sum(sum, valid);
+#endif
+#endif
+        v = make_float4(v.x * READ_OUT + before.x, v.y * READ_OUT + before.y,
+                        v.z * READ_OUT + before.z, v.w * READ_OUT + before.w);
+        if (there && complete) store_out(at_place(y + c, at, p.y_values * ELEM_BYTES), v, valid);
+        if (there && !complete) {
+            if (MODE == MERGE_SHARED)
+                *(float4*)sum = v;
+            else
+                store_sum(sum, v, valid);
+        }
+    }
+}
+
+// Bring the warp's weights into the order in which `lift` reads them.
+__device__ __forceinline__ void prepare(Warp& warp, const Problem& p, const float* dt_weight,
+                                        const float* dt_bias, const float* skip, int D, int d0,
+                                        int lane) {
+    const float* weight = dt_weight + (p.k * D + d0) * DT_RANK;
+#pragma unroll
+    for (int step = 0; step < K_STEPS; ++step)
+#pragma unroll
+        for (int n = 0; n < N_TILES; ++n) {
+            const int c = n * 8 + lane / 4, r = step * 8 + lane % 4;
+            const bool valid = c < p.channels;
+            warp.weights[(step * N_TILES + n) * 32 + lane] =
+                make_float2(valid && r < DT_RANK ? weight[c * DT_RANK + r] : 0.f,
+                            valid && r + 4 < DT_RANK ? weight[c * DT_RANK + r + 4] : 0.f);
+        }
+    if (lane >= N_TILES * 4) return;
+    float bias[2], through[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+        const int c = lane / 4 * 8 + lane % 4 * 2 + i;
+        bias[i] = through[i] = 0.f;
+        if (c >= p.channels) continue;
+        bias[i] = dt_bias[p.k * D + d0 + c];
+        for (int k = 0; k < K_DIRECTIONS; ++k) through[i] += skip[k * D + d0 + c];
+    }
+    warp.constants[lane] = make_float4(bias[0], bias[1], through[0], through[1]);
+}
+
+// Store the states of a tile or chunk at its place in (..., D, D_STATE).
+__device__ __forceinline__ void keep_states(const float s[CPT][SPT], float* states, long long index,
+                                            int D, int d0, const int slots[CPT],
+                                            const bool valid[CPT], int part) {
+#pragma unroll
+    for (int i = 0; i < CPT; ++i) {
+        if (!valid[i]) continue;
+        float4* kept = (float4*)(states + (index * D + d0 + slots[i]) * D_STATE + part * SPT);
+#pragma unroll
+        for (int n = 0; n < SPT; n += 4)
+            kept[n / 4] = make_float4(s[i][n], s[i][n + 1], s[i][n + 2], s[i][n + 3]);
+    }
+}
+
+#define ROWS_WRITTEN 1  // named barriers: writers arrive, those who go on from there wait
+#define COLUMNS_WRITTEN 2
+
 extern "C" __global__ void __launch_bounds__(THREADS, 65536 / REGISTERS / THREADS)
 scan_forward(const elem* __restrict__ x, const elem* __restrict__ projections,
              const float* __restrict__ dt_weight, const float* __restrict__ dt_bias,
              const float* __restrict__ A, const float* __restrict__ skip, elem* y,
-             float* partial, float* __restrict__ states, int batch, int height, int width, int D) {
-    __shared__ __align__(16) float rows[SLOTS * STAGED];
-    __shared__ float values[TILE][THREADS];  // a thread's own x, then its output
-    __shared__ int where[2][SLOTS];  // by direction, then step
-    const int tid = threadIdx.x, lane = tid % 32, warp = tid / 32, k = tid / CHANNELS, image = blockIdx.x;
-    const int d = blockIdx.y * CHANNELS + tid % CHANNELS;
-    const bool active = d < D;
+             float* partial, float* states, float* sums, int images, int height, int width, int D,
+             int x_stride, int stack, int groups, int chunk_tiles) {
+    extern __shared__ __align__(16) char memory[];
+    const int lane = threadIdx.x % 32, k = threadIdx.x / 32, part = lane % SHARING;
     const int L = height * width, tiles = (L + TILE - 1) / TILE;
+    const int chunks = (tiles + chunk_tiles - 1) / chunk_tiles;
+    const int chunk = blockIdx.x % chunks, group = blockIdx.x / chunks % groups;
+    const int image = blockIdx.x / chunks / groups, d0 = group * CHANNELS;
+    const bool rows_first = !(k & 1);
     // The tile in which opposite directions meet: only there do they write to the same places.
     const int meeting = (L - 1) / (2 * TILE);
-    const long long base = (long long)image * L * D + d;
-    const elem* in = x + base;
-    elem* out = y + base;
-    float* out_sum = partial + base;
-    const elem* image_rows = projections + (long long)image * L * K_DIRECTIONS * ROW;
+    Warp& warp = ((Warp*)memory)[k];
+    float* map = (float*)((Warp*)memory + K_DIRECTIONS);
 
-    float s[D_STATE], a2[D_STATE], w[DT_RANK], bias = 0.f, through = 0.f;
-#pragma unroll
-    for (int n = 0; n < D_STATE; ++n) {
-        s[n] = 0.f;
-        a2[n] = active ? A[(k * D + d) * D_STATE + n] * LOG2E : 0.f;
-    }
-#pragma unroll
-    for (int r = 0; r < DT_RANK; ++r) w[r] = active ? dt_weight[(k * D + d) * DT_RANK + r] : 0.f;
-    if (active) {
-        bias = dt_bias[k * D + d];
-        through = skip[k * D + d];
-    }
-    if (tid < SLOTS) where[0][tid] = entry(tid / TILE, tid % TILE, height, width);
-    __syncthreads();
+    Problem p;
+    p.k = k, p.height = height, p.width = width, p.channels = min(CHANNELS, D - d0);
+    p.first = chunk * chunk_tiles, p.last = min(tiles, p.first + chunk_tiles);
+    const int per_scan = PACKED ? (K_DIRECTIONS * DT_RANK + 7) / 8 * 8 + K_DIRECTIONS * 2 * D_STATE
+                                : K_DIRECTIONS * ROW;
+    const int row_stride = stack * per_scan, y_stride = stack * D;
+    p.x_bytes = x_stride * ELEM_BYTES, p.row_bytes = row_stride * ELEM_BYTES, p.y_values = y_stride;
+    p.odd = DTYPE == 0 ? 0 : k & DT_RANK & 1;
+    const long long places = (long long)(image / stack) * L;
+    const elem* row = projections + places * row_stride + image % stack * per_scan;
+    p.bc = row + k * 2 * D_STATE;
+    p.rows = row + (PACKED ? K_DIRECTIONS * 2 * D_STATE + k * DT_RANK : k * ROW) - p.odd;
+    const int channel = image % stack * D + d0;
+    p.x = x + places * x_stride + channel;
+    y += places * y_stride + channel;
+    partial += places * y_stride + channel + (MODE == RESCAN ? (long long)images * L * D * k : 0);
 
-    elem next_bc[FETCH_BC], next_dt[FETCH_DT], next_x[TILE];
-    for (int tile = -1; tile < tiles; ++tile) {
-        const int now = tile & 1, next = now ^ 1;
-        if (tile >= 0) {
+    const long long sequence = ((long long)image * K_DIRECTIONS + k) * chunks + chunk;
+    float s[CPT][SPT], a2[CPT][SPT], total[CPT];
+    int slots[CPT];
+    bool valid[CPT];
 #pragma unroll
-            for (int i = 0; i < FETCH_BC; ++i)
-                if (warp + i * WARPS < SLOTS)
-                    rows[(warp + i * WARPS) * STAGED + lane] = to_float(next_bc[i]);
+    for (int i = 0; i < CPT; ++i) {
+        slots[i] = 8 * i + lane / SHARING;
+        valid[i] = slots[i] < p.channels;
+        total[i] = 0.f;
+        const float4* a = (const float4*)(A + (k * D + d0 + slots[i]) * D_STATE + part * SPT);
 #pragma unroll
-            for (int i = 0; i < FETCH_DT; ++i) {
-                const int index = tid + i * THREADS;
-                if (index < SLOTS * DT_RANK)
-                    rows[index / DT_RANK * STAGED + 2 * D_STATE + index % DT_RANK] =
-                        to_float(next_dt[i]);
+        for (int n = 0; n < SPT; n += 4) {
+            const float4 v = valid[i] ? a[n / 4] : make_float4(0.f, 0.f, 0.f, 0.f);
+            a2[i][n] = v.x * LOG2E, a2[i][n + 1] = v.y * LOG2E;
+            a2[i][n + 2] = v.z * LOG2E, a2[i][n + 3] = v.w * LOG2E;
+        }
+#pragma unroll
+        for (int n = 0; n < SPT; n += 4) {
+            float4 start = make_float4(0.f, 0.f, 0.f, 0.f);
+            if (MODE == RESCAN && valid[i])
+                start = *(const float4*)(states + (sequence * D + d0 + slots[i]) * D_STATE +
+                                         part * SPT + n);
+            s[i][n] = start.x, s[i][n + 1] = start.y, s[i][n + 2] = start.z, s[i][n + 3] = start.w;
+        }
+    }
+    prepare(warp, p, dt_weight, dt_bias, skip, D, d0, lane);
+    // Half of the lanes know where this tile's steps lie, the other half where the next one's.
+    Walk walk = walk_from(k, p.first * TILE + lane, height, width);
+    Entry where = entry(walk, k, height, width), after = where;
+    fetch(warp, p, where.place, 0, lane);
+    for (int tile = p.first; tile < p.last; ++tile) {
+        const int from = (tile - p.first) % 2 * TILE, count = min(TILE, L - tile * TILE);
+        await_copies();
+        __syncwarp();
+        stage(warp, p, where, from, count, map, lane);
+        __syncwarp();
+        if (tile + 1 < p.last) {
+            if (from) {
+                advance(walk, k, height, width);
+                after = entry(walk, k, height, width);
             }
-#pragma unroll
-            for (int t = 0; t < TILE; ++t) values[t][tid] = to_float(next_x[t]);
-            if (tid < SLOTS)
-                where[next][tid] =
-                    entry(tid / TILE, (tile + 1) * TILE + tid % TILE, height, width);
-            __syncthreads();
+            fetch(warp, p, after.place, TILE - from, lane);
         }
-        // Entry tile -1 only fetches tile 0, whose places are in where[0].
-        const int* places = where[tile < 0 ? 0 : next];
-#pragma unroll
-        for (int i = 0; i < FETCH_BC; ++i) {
-            const int slot = warp + i * WARPS;
-            next_bc[i] = 0;
-            if (slot < SLOTS && places[slot] != NOWHERE)
-                next_bc[i] = row_of(image_rows, places[slot], slot / TILE)[DT_RANK + lane];
-        }
-#pragma unroll
-        for (int i = 0; i < FETCH_DT; ++i) {
-            const int index = tid + i * THREADS, slot = index / DT_RANK;
-            next_dt[i] = 0;
-            if (slot < SLOTS && places[slot] != NOWHERE)
-                next_dt[i] = row_of(image_rows, places[slot], slot / TILE)[index % DT_RANK];
-        }
-#pragma unroll
-        for (int t = 0; t < TILE; ++t) {
-            const int at = places[k * TILE + t];
-            next_x[t] = at != NOWHERE && active ? in[(at & PLACE) * D] : (elem)0;
-        }
-        if (tile < 0) continue;
-#if KEEP
-        if (active) {
-            float4* kept = (float4*)(states +
-                (((long long)(image * K_DIRECTIONS + k) * tiles + tile) * D + d) * D_STATE);
-#pragma unroll
-            for (int n = 0; n < D_STATE / 4; ++n)
-                kept[n] = make_float4(s[4 * n], s[4 * n + 1], s[4 * n + 2], s[4 * n + 3]);
-        }
-#endif
-        // Steps beyond the end see zero rows and zero input; their output is never written.
-#pragma unroll 2
-        for (int t = 0; t < TILE; ++t) {
-            const float* row = rows + (k * TILE + t) * STAGED;
-            const float u = values[t][tid];
-            float z = bias;
-#pragma unroll
-            for (int r = 0; r < DT_RANK; ++r) z += w[r] * row[2 * D_STATE + r];
-            const float delta = softplus(z), drive = delta * u;
-            float even = through * u, odd = 0.f;
-#pragma unroll
-            for (int n = 0; n < D_STATE; n += 2) {
-                s[n] = exp2_fast(delta * a2[n]) * s[n] + drive * row[n];
-                s[n + 1] = exp2_fast(delta * a2[n + 1]) * s[n + 1] + drive * row[n + 1];
-                even += row[D_STATE + n] * s[n];
-                odd += row[D_STATE + n + 1] * s[n + 1];
-            }
-            values[t][tid] = even + odd;
-        }
-        // Rows before columns; and where opposite directions meet, one after the other.
-#pragma unroll
-        for (int phase = 0; phase < K_DIRECTIONS; ++phase) {
-            const bool opposite = phase & 1;
-            if (opposite && tile != meeting) continue;
-            if (phase) __syncthreads();
-            const bool mine = (k & 1) == phase >> 1 && (tile != meeting || k >> 1 == opposite);
-            if (!mine || !active) continue;
+        if (MODE <= MERGE_SHARED && rows_first && tile && tile - 1 != meeting)
+            barrier_sync(COLUMNS_WRITTEN, THREADS);
+        fetch_sums(warp, p, partial, where, from, lane);
+        if (KEEP)
+            keep_states(s, states, ((long long)image * K_DIRECTIONS + k) * tiles + tile, D, d0,
+                        slots, valid, part);
+        scan_tile(warp, s, a2, total, slots, part, count);
+        await_copies();
+        __syncwarp();
+        if (MODE == RESCAN) {
+            merge(warp, p, y, partial, map, where, from, count, lane);
+        } else if (MODE <= MERGE_SHARED) {
+            const bool alone = tile == meeting;  // each direction after the other
+            if (alone)
 #pragma unroll 1
-            for (int start = 0; start < TILE; start += GROUP) {  // in groups, to save registers
-                const int* places = where[now] + k * TILE + start;
-                float sum[GROUP];
-#pragma unroll
-                for (int t = 0; t < GROUP; ++t) {
-                    sum[t] = values[start + t][tid];
-                    const int at = places[t];
-                    if (at != NOWHERE && !(at & FIRST)) sum[t] += out_sum[(at & PLACE) * D];
-                }
-#pragma unroll
-                for (int t = 0; t < GROUP; ++t) {
-                    const int at = places[t];
-                    if (at == NOWHERE) continue;
-                    if (at & LAST)
-                        out[(at & PLACE) * D] = from_float(sum[t]);
-                    else
-                        out_sum[(at & PLACE) * D] = sum[t];
-                }
-            }
+                for (int turn = 0; turn < ((k & 1) << 1 | k >> 1); ++turn) __syncthreads();
+            else if (!rows_first)
+                barrier_sync(ROWS_WRITTEN, THREADS);
+            merge(warp, p, y, partial, map, where, from, count, lane);
+            if (alone)
+#pragma unroll 1
+                for (int turn = (k & 1) << 1 | k >> 1; turn < K_DIRECTIONS; ++turn) __syncthreads();
+            else if (rows_first)
+                barrier_arrive(ROWS_WRITTEN, THREADS);
+            else if (tile + 1 < p.last)
+                barrier_arrive(COLUMNS_WRITTEN, THREADS);
         }
-        __syncthreads();
+        where = after;
     }
+#if MODE == SUMMARISE
+    keep_states(s, states, sequence, D, d0, slots, valid, part);
+    if (part == 0)
+#pragma unroll
+        for (int i = 0; i < CPT; ++i)
+            if (valid[i]) sums[sequence * D + d0 + slots[i]] = total[i];
+#endif
 }
