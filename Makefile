@@ -12,7 +12,7 @@ PORT ?= 8080
 VENV := .venv
 BIN := $(VENV)/bin
 # What an editable installation is made from; other changes are seen without installing again.
-BUILD := pyproject.toml setup.py constraints.txt $(wildcard kernels/native/scan2d*.[ch])
+BUILD := pyproject.toml setup.py constraints.txt $(wildcard kernels/native/*.[ch])
 # Torch is exchanged only where the call names another one than that which was installed last.
 ASKED := $(if $(filter-out file,$(origin TORCH)),$(TORCH)) $(MAMBAMIC_TORCH_INDEX)
 OTHER_TORCH := $(filter-out $(shell cat $(VENV)/.torch 2>/dev/null),$(ASKED))

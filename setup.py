@@ -1,4 +1,4 @@
-"""Build the native CPU scan; everything else about the package is in pyproject.toml.
+"""Build the native CPU kernels; everything else about the package is in pyproject.toml.
 
 The library has no Python interface, so one wheel serves every Python version. A machine without
 a C compiler gets one as a build requirement: the ``ziglang`` wheel brings clang and a C library.
@@ -57,7 +57,7 @@ class BuildScan(build_ext):
         return str(Path(*fullname.split("."))) + ".so"
 
     def build_extension(self, ext: Extension) -> None:
-        """Run the compiler once for the one source file."""
+        """Run the compiler once for all source files."""
         target = Path(self.get_ext_fullpath(ext.name)).absolute()
         target.parent.mkdir(parents=True, exist_ok=True)
         compiler = find_compiler()
@@ -87,8 +87,8 @@ if __name__ == "__main__":
         ext_modules=[
             Extension(
                 "mambamic.kernels._scan2d",
-                sources=[str(NATIVE / "scan2d.c")],
-                depends=[str(path) for path in sorted(NATIVE.glob("scan2d*.h"))],
+                sources=[str(path) for path in sorted(NATIVE.glob("*.c"))],
+                depends=[str(path) for path in sorted(NATIVE.glob("*.h"))],
             )
         ],
         cmdclass={"build_ext": BuildScan, "bdist_wheel": PlatformWheel},

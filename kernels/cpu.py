@@ -1,5 +1,7 @@
 """The 2-D selective scan on CPUs, through the native library that is built at installation.
 
+The inference graph's steps run through the same library (``run_steps``, mambamic/graph/cpu.py).
+
 The library has no Python or torch interface of its own: it is loaded with ctypes, which lets
 other Python threads run meanwhile. Nothing here is differentiable; ``backward`` is a function of
 its own.
@@ -22,15 +24,16 @@ LEVELS = ("baseline", "avx2", "avx512")
 MAX_STATES = 64
 
 _LIBRARY = Path(__file__).with_name("_scan2d.so")
-_INTERFACE = 1
+_INTERFACE = 2
 _DIRECTIONS = 4
+_LANES = {"baseline": 4, "avx2": 8, "avx512": 16}
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _REBUILD = "run `pip install -e .` in the repository, or reinstall mambamic"
 
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
-class _Scan(ctypes.Structure):
+class Scan(ctypes.Structure):
     """``struct scan`` of native/scan2d.h, field by field."""
 
     _fields_ = [
@@ -44,7 +47,16 @@ class _Scan(ctypes.Structure):
         ),
         *(
             (name, ctypes.c_int64)
-            for name in ("batch", "height", "width", "channels", "rank", "states")
+            for name in (
+                "batch",
+                "height",
+                "width",
+                "groups",
+                "channels",
+                "rank",
+                "states",
+                "paired",
+            )
         ),
     ]
 
@@ -105,6 +117,55 @@ def level() -> str:
             "change or unset the variable",
         )
     return wanted
+
+
+def lanes(level: str) -> int:
+    """Return how many float32 a vector of one of ``LEVELS`` holds."""
+    return _LANES[level]
+
+
+@functools.cache
+def _half_available() -> bool:
+    return bool(_library().graph_half_available())
+
+
+def has_bfloat16() -> bool:
+    """Return whether an inference graph can multiply bfloat16 matrices, on AMX tiles, here.
+
+    Raises:
+        BackendError: As ``level``.
+    """
+    return level() == LEVELS[-1] and _half_available()
+
+
+def run_steps(steps: object, count: int, step_bytes: int, level: str) -> None:
+    """Run steps of an inference graph, see native/graph.h, on torch's threads.
+
+    Args:
+        steps: A pointer to them.
+        count: Their number.
+        step_bytes: The size of one as the caller lays it out.
+        level: The instruction set for which their weights are packed.
+
+    Raises:
+        BackendError: The library is missing, or lays steps out differently.
+    """
+    library = _library()
+    if library.graph_step_bytes() != step_bytes:
+        raise BackendError(
+            "the native library is of another version",
+            f"one whose steps take {step_bytes} bytes",
+            _REBUILD,
+        )
+    failed = library.graph_run(
+        steps,
+        ctypes.c_int64(count),
+        LEVELS.index(level),
+        _openmp(),
+        torch.get_num_threads(),
+    )
+    if failed:
+        raise MemoryError("graph_run: no memory for the steps' working space")
 
 
 def unavailable() -> str | None:
@@ -185,12 +246,20 @@ class _Call:
         inputs = (x, projections, dt_weight, dt_bias, A, skip)
         for tensor, (name, shape) in zip(inputs, shapes.items(), strict=True):
             _check(name, tensor, shape)
-        self.struct = _Scan(
-            batch=batch, height=height, width=width, channels=channels, rank=rank, states=states
+        self.struct = Scan(
+            batch=batch,
+            height=height,
+            width=width,
+            groups=1,
+            channels=channels,
+            rank=rank,
+            states=states,
         )
         self._tensors: list[Tensor] = []
         for name, tensor in zip(shapes, inputs, strict=True):
-            self.point(name, _dense(tensor))
+            # Vectors run across channels.
+            by_channel = tensor.transpose(1, 2) if name in ("dt_weight", "A") else tensor
+            self.point(name, _dense(by_channel))
 
     def point(self, name: str, tensor: Tensor) -> Tensor:
         """Set a field of the structure to a dense float32 tensor, which this object keeps."""

@@ -14,15 +14,17 @@ import torch
 from torch import Tensor
 
 from mambamic.errors import BackendError, ShapeError, UsageError
-from mambamic.kernels import cpu, cuda, cuda_backward, reference
+from mambamic.kernels import cpu, cuda, cuda_backward, mamba_ssm, reference
 
-BACKENDS = ("auto", "reference", "cpu", "cuda")
-_NATIVE: dict[str, ModuleType] = {"cpu": cpu, "cuda": cuda}
+BACKENDS = ("auto", "reference", "cpu", "cuda", "mamba_ssm")
+_NATIVE: dict[str, ModuleType] = {"cpu": cpu, "cuda": cuda, "mamba_ssm": mamba_ssm}
+_DEVICE = {"cpu": "cpu", "cuda": "cuda", "mamba_ssm": "cuda"}
 
 
 def status() -> dict[str, str | None]:
     """Return for each backend None where it can be used here, else why not and what to do."""
-    return {"cuda": cuda.unavailable(), "cpu": cpu.unavailable(), "reference": None}
+    found = {name: _NATIVE[name].unavailable() for name in ("cuda", "cpu", "mamba_ssm")}
+    return {**found, "reference": None}
 
 
 def describe(backend: str) -> str:
@@ -55,10 +57,10 @@ def resolve(backend: str, device: torch.device) -> str:
             "its native kernel",
             f'{reason}; backend="reference" works everywhere and is slow',
         )
-    if wanted not in _NATIVE or wanted != device.type:
+    if _DEVICE.get(wanted) != device.type:
         raise BackendError(
             f"scan backend {backend!r} on device {device.type!r}",
-            f"device {backend!r}" if backend in _NATIVE else "one of " + ", ".join(_NATIVE),
+            f"device {_DEVICE[backend]!r}" if backend in _DEVICE else "cpu or cuda",
             'move the model there, or ask for backend="reference"',
         )
     return wanted
@@ -83,7 +85,7 @@ def selective_scan_2d(
         dt_bias: (K, D).
         A: (K, D, N), negative.
         skip: (K, D).
-        backend: ``auto``, ``cpu``, ``cuda`` or ``reference``.
+        backend: One of ``BACKENDS``.
 
     Returns:
         (B, H, W, D) in the dtype of ``x``; states are float32 (float64 in the reference).
@@ -151,6 +153,8 @@ def _scan(
 ) -> tuple[Tensor, Tensor]:
     if backend == "cuda":
         return cuda.forward(x, projections, dt_weight, dt_bias, A, skip, keep=keep)
+    if backend == "mamba_ssm":
+        return mamba_ssm.forward(x, projections, dt_weight, dt_bias, A, skip, keep=keep)
     return cpu.forward(x, projections, dt_weight, dt_bias, A, skip), x.new_empty(0)
 
 
@@ -165,8 +169,8 @@ def _(
     backend: str,
     keep: bool,
 ) -> tuple[Tensor, Tensor]:
-    if backend == "cuda":
-        shape = cuda.states_shape(x, A) if keep else (0,)
+    if backend in ("cuda", "mamba_ssm"):
+        shape = _NATIVE[backend].states_shape(x, A) if keep else (0,)
         return x.new_empty(x.shape), x.new_empty(shape, dtype=torch.float32)
     return x.new_empty(x.shape), x.new_empty(0)
 
@@ -185,6 +189,8 @@ def _scan_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     if backend == "cuda":
         return cuda_backward.backward(grad_y, x, projections, dt_weight, dt_bias, A, skip, states)
+    if backend == "mamba_ssm":
+        return mamba_ssm.backward(grad_y, x, projections, dt_weight, dt_bias, A, skip, states)
     return cpu.backward(grad_y, x, projections, dt_weight, dt_bias, A, skip)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,15 +19,19 @@ from mambamic._version import __version__
 from mambamic.checkpoint import Checkpoint, load_checkpoint
 from mambamic.config import Config
 from mambamic.errors import BackendError, ShapeError, UsageError
+from mambamic.graph.cpu import CpuGraph
+from mambamic.graph.gpu import GpuGraph
+from mambamic.graph.replay import Replay
 from mambamic.images import to_rgb
+from mambamic.kernels import cpu
 from mambamic.models import create_model, load_exactly, set_scan_backend
+from mambamic.models.mambamic import MambaMIC
+from mambamic.models.medmamba import MedMamba
 from mambamic.preprocess import Pixels
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _MAX_BATCH = {"cpu": 32, "cuda": 256}
-# On a GPU every batch size that cuDNN sees for the first time costs it seconds of planning, so
-# that only few are shown to it. Up to the second one a GPU takes about as long for any batch.
-_BUCKETS = (1, 32, 128, 256)
+_WARM_UP = (1, 2, 4, 8, 16, 32)  # the batches of a server; larger ones are bulk work and can wait
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,7 @@ class Classifier:
     def __init__(
         self,
         config: Config,
-        model: torch.nn.Module,
+        model: MambaMIC | MedMamba,
         device: torch.device,
         backend: str,
         dtype: torch.dtype,
@@ -71,11 +75,37 @@ class Classifier:
         self.backend = backend
         self.dtype = dtype
         self.max_batch = max_batch
-        self._model = model
-        # Pixels are 0 to 255 on the device; one multiplication and one addition normalise them.
-        mean = torch.tensor(config.mean, device=device).view(3, 1, 1) * 255
-        self._scale = 1 / (torch.tensor(config.std, device=device).view(3, 1, 1) * 255)
-        self._shift = -mean * self._scale
+        self.fused = backend == "cuda" or (backend == "cpu" and _has_cpu_graph(dtype))
+        # Pixels are 0 to 255; one multiplication and one addition normalise them.
+        mean, std = torch.tensor(config.mean) * 255, torch.tensor(config.std) * 255
+        self._scale, self._shift = 1 / std, -mean / std
+        self._network = self._build(model)
+        self._replay: Replay | None = None
+        if self.fused and device.type == "cuda":
+            image = (config.input_size, config.input_size, 3)
+            self._replay = Replay(
+                self._probabilities, image, len(config.classes), device, max_batch
+            )
+
+    def _build(self, model: MambaMIC | MedMamba) -> Callable[[Tensor], Tensor]:
+        """Return the network as a function of (B, H, W, 3) uint8 to logits, on the device."""
+        if self.fused and self.device.type == "cuda":
+            return GpuGraph(model, self.device, self.dtype, self._scale, self._shift)
+        if self.fused:
+            graph = CpuGraph(model, self.dtype)
+            return lambda pixels: graph(pixels, self._scale, self._shift)
+        plain = model.to(self.device)
+        scale, shift = (
+            values.to(self.device).view(3, 1, 1) for values in (self._scale, self._shift)
+        )
+
+        def network(pixels: Tensor) -> Tensor:
+            half = self.dtype != torch.float32
+            with torch.autocast(self.device.type, dtype=self.dtype, enabled=half):
+                logits: Tensor = plain(pixels.permute(0, 3, 1, 2) * scale + shift)
+            return logits.float()
+
+        return network
 
     @classmethod
     def load(
@@ -112,7 +142,7 @@ class Classifier:
         limit = _MAX_BATCH[place.type] if max_batch is None else max_batch
         if limit < 1:
             raise UsageError(f"max_batch {limit}", "at least 1", "give a larger one")
-        model = model.eval().requires_grad_(False).to(place)
+        model = model.eval().requires_grad_(False)
         return cls(config, model, place, chosen, _find_dtype(dtype, place), limit)
 
     def predict(self, images: Sequence[Image.Image | Pixels]) -> list[Prediction]:
@@ -153,27 +183,15 @@ class Classifier:
                 f"(B, {size}, {size}, 3) and uint8",
                 "use Classifier.predict, or bring them to this form with Preprocess.pixels",
             )
+        if self._replay is not None:
+            return self._replay(pixels)
         result = np.empty((len(pixels), len(self.config.classes)), np.float32)
-        start = 0
-        for images, batch_size in self._batches(len(pixels)):
-            part = slice(start, start + images)
+        for start in range(0, len(pixels), self.max_batch):
+            part = slice(start, start + self.max_batch)
             # A copy where the array is read-only or strided: torch takes neither.
             batch = torch.from_numpy(np.require(pixels[part], requirements=["C", "W"]))
-            batch = batch.to(self.device)
-            if batch_size > images:
-                batch = torch.cat([batch, batch[-1:].expand(batch_size - images, -1, -1, -1)])
-            result[part] = self._probabilities(batch)[:images].cpu().numpy()
-            start += images
+            result[part] = self._probabilities(batch.to(self.device)).cpu().numpy()
         return result
-
-    def _batches(self, count: int) -> Iterator[tuple[int, int]]:
-        if self.device.type == "cuda":
-            smaller = [size for size in _BUCKETS if size < self.max_batch]
-            yield from bucketed(count, [*smaller, self.max_batch])
-            return
-        for start in range(0, count, self.max_batch):
-            images = min(self.max_batch, count - start)
-            yield images, images
 
     def predictions(self, probabilities: NDArray[np.float32]) -> list[Prediction]:
         """Name the classes that rows of probabilities stand for.
@@ -193,11 +211,13 @@ class Classifier:
     def warm_up(self) -> None:
         """Classify blank images once, so that no user waits for kernels to be compiled.
 
-        The larger buckets of a GPU are left out: only bulk work comes to them, and can wait.
+        On a GPU this is done for each batch that a server comes to; the larger ones are bulk work.
         """
         size = self.config.input_size
-        for batch in sorted({1, min(self.max_batch, _BUCKETS[1])}):
-            self.probabilities(np.zeros((batch, size, size, 3), np.uint8))
+        batches = _WARM_UP if self._replay is not None else (1,)
+        for batch in batches:
+            if batch <= max(1, self.max_batch):
+                self.probabilities(np.zeros((batch, size, size, 3), np.uint8))
 
     def describe(self) -> dict[str, Any]:
         """Return what is in use, as an object that JSON can hold."""
@@ -210,6 +230,7 @@ class Classifier:
             "dtype": str(self.dtype).removeprefix("torch."),
             "backend": self.backend,
             "backend_detail": kernels.describe(self.backend),
+            "graph": "fused" if self.fused else "plain",
             "max_batch": self.max_batch,
             "versions": {
                 "mambamic": __version__,
@@ -221,33 +242,12 @@ class Classifier:
     @torch.inference_mode()
     def _probabilities(self, batch: Tensor) -> Tensor:
         """Run the network: (B, H, W, 3) uint8 to (B, classes) float32, both on the device."""
-        x = batch.permute(0, 3, 1, 2) * self._scale + self._shift
-        with torch.autocast(
-            self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32
-        ):
-            logits: Tensor = self._model(x)
-        logits = logits.float() / (self.config.temperature or 1.0)
+        logits = self._network(batch) / (self.config.temperature or 1.0)
         return logits.softmax(1) if self.config.head == "softmax" else logits.sigmoid()
 
 
-def bucketed(count: int, buckets: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """Split a batch into parts of few sizes.
-
-    Args:
-        count: Images.
-        buckets: The sizes, ascending.
-
-    Yields:
-        How many of the images go together, and the size to which they are padded: the next
-        bucket, unless that is past the second one and would be less than half full.
-    """
-    while count:
-        above = next((size for size in buckets if size >= count), buckets[-1])
-        full = max((size for size in buckets if size <= count), default=above)
-        size = above if above in buckets[:2] or 2 * count >= above else full
-        images = min(count, size)
-        yield images, size
-        count -= images
+def _has_cpu_graph(dtype: torch.dtype) -> bool:
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and cpu.has_bfloat16())
 
 
 def _six_digits(value: float) -> float:

@@ -18,6 +18,7 @@ from mambamic import Classifier, __version__
 from mambamic.checkpoint import load_checkpoint
 from mambamic.cli import COMMANDS, main
 from mambamic.images import decode
+from mambamic.models import create_model, load_exactly
 
 OURS = ("predict", "import", "archive")
 
@@ -181,7 +182,8 @@ def test_import(
     golden = np.load(root / "tests/golden/golden.npz")
     cases = json.loads((root / "tests/golden/golden.json").read_text())
     case = next(case for case in cases if case["tag"] == "mambamic_t_c8_seed0_b2_64px")
-    model = Classifier.load(out, device="cpu")._model
+    model = create_model(opened.config.architecture, len(opened.config.classes)).eval()
+    load_exactly(model, opened.state_dict(), what="the imported weights")
     images = image_for(case["batch"], case["size"], case["seed"])
     with torch.no_grad():
         logits = model(torch.from_numpy(images)).numpy()

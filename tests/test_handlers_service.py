@@ -5,7 +5,8 @@ import json
 import time
 import tracemalloc
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -194,24 +195,38 @@ def test_an_explanation_is_not_answered_with_a_prediction(worker: Worker) -> Non
     assert "/predictions/cells" in body["error"]["message"]
 
 
+@contextmanager
+def before_the_network(worker: Worker, work: Callable[[torch.Tensor], None]) -> Iterator[None]:
+    """Call something with each batch of pixels that goes into the network."""
+    classifier = worker.handler._classifier
+    network = classifier._network
+
+    def both(pixels: torch.Tensor) -> torch.Tensor:
+        work(pixels)
+        logits: torch.Tensor = network(pixels)
+        return logits
+
+    classifier._network = both
+    try:
+        yield
+    finally:
+        classifier._network = network
+
+
 @pytest.mark.parametrize(("largest", "answered"), [(4, 200), (3, 500)])
 def test_after_running_out_of_memory_each_half_is_tried_once(
     worker: Worker, largest: int, answered: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     sizes = []
 
-    def run_out(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-        del module
-        sizes.append(len(inputs[0]))
-        if len(inputs[0]) > largest:
+    def run_out(pixels: torch.Tensor) -> None:
+        sizes.append(len(pixels))
+        if len(pixels) > largest:
             raise torch.OutOfMemoryError("CUDA out of memory")
 
-    hook = worker.handler._classifier._model.register_forward_pre_hook(run_out)
-    try:
+    with before_the_network(worker, run_out):
         request = as_sent([("image", "image/png", png(1))])
         answers = worker.answer(*[request] * 7, as_sent([("image", "", b"junk")]))
-    finally:
-        hook.remove()
     assert sizes == [7, 4, 3]
     # Of seven the halves have four and three.
     assert [status for status, _ in answers] == [answered] * 4 + [200] * 3 + [400]
@@ -221,17 +236,20 @@ def test_after_running_out_of_memory_each_half_is_tried_once(
     assert worker.answer_one([("image", "image/png", png(1))])[0] == 200
 
 
-def test_probabilities_that_are_no_numbers_are_an_error(worker: Worker) -> None:
-    def spoil(module: torch.nn.Module, inputs: object, output: torch.Tensor) -> torch.Tensor:
-        del module, inputs
-        output[0] = torch.nan
-        return output
+def test_probabilities_that_are_no_numbers_are_an_error(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    classifier = worker.handler._classifier
+    network = classifier._network
 
-    hook = worker.handler._classifier._model.register_forward_hook(spoil)
-    try:
-        answers = worker.answer(*[as_sent([("image", "image/png", png(1))])] * 2)
-    finally:
-        hook.remove()
+    def spoil(pixels: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = network(pixels)
+        logits[0] = torch.nan
+        return logits
+
+    monkeypatch.setattr(classifier, "_network", spoil)
+    answers = worker.answer(*[as_sent([("image", "image/png", png(1))])] * 2)
+    monkeypatch.undo()
     assert [status for status, _ in answers] == [500, 200]
 
 
@@ -241,20 +259,16 @@ def test_what_a_batch_has_no_time_for_is_told_so(model_dir: Path) -> None:
     larger = packed({f"{index}.png": png(0) for index in range(64)})
     sizes = []
 
-    def slow(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-        del module
-        sizes.append(len(inputs[0]))
+    def slow(pixels: torch.Tensor) -> None:
+        sizes.append(len(pixels))
         time.sleep(1.1)
 
-    hook = worker.handler._classifier._model.register_forward_pre_hook(slow)
-    try:
+    with before_the_network(worker, slow):
         late, first, single = worker.answer(
             as_sent([("image", "", larger)]),
             as_sent([("image", "", zipped)]),
             as_sent([("image", "", png(1))]),
         )
-    finally:
-        hook.remove()
     assert sizes == [2]
     assert late[0] == 503
     assert late[1]["error"]["code"] == "overloaded"
@@ -284,16 +298,12 @@ def test_the_zips_of_a_batch_are_not_expanded_all_at_once(worker: Worker) -> Non
 def test_several_tiles_of_several_requests_share_a_batch(worker: Worker) -> None:
     sizes = []
 
-    def note(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-        del module
-        sizes.append(len(inputs[0]))
+    def note(pixels: torch.Tensor) -> None:
+        sizes.append(len(pixels))
 
-    hook = worker.handler._classifier._model.register_forward_pre_hook(note)
-    try:
+    with before_the_network(worker, note):
         pair = [("a", "", png(1)), ("b", "", png(2))]
         answers = worker.answer(*[as_sent(pair)] * 4, *[as_sent(pair[:1])] * 5)
-    finally:
-        hook.remove()
     assert sizes == [13]
     assert [len(body) for _, body in answers[:4]] == [2] * 4
 

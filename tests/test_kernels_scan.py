@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mambamic import create_model
 from mambamic.errors import BackendError, ShapeError, UsageError
-from mambamic.kernels import BACKENDS, cuda, describe, resolve, scan, status
+from mambamic.kernels import BACKENDS, cuda, describe, mamba_ssm, resolve, scan, status
 from mambamic.kernels import selective_scan_2d as dispatch
 from mambamic.models import set_scan_backend
 from mambamic.models.mambamic import MambaMIC, MambaMICConfig
@@ -90,10 +90,11 @@ def test_a_device_without_a_kernel_never_gets_the_reference(backend: str) -> Non
 
 def test_status_and_description() -> None:
     found = status()
-    assert list(found) == ["cuda", "cpu", "reference"]
+    assert list(found) == ["cuda", "cpu", "mamba_ssm", "reference"]
     assert found["cpu"] is None
     assert found["reference"] is None
     assert found["cuda"] == cuda.unavailable()
+    assert found["mamba_ssm"] == mamba_ssm.unavailable()
     assert describe("reference") == "plain PyTorch, slow"
     assert describe("cpu").endswith("1 thread")
 

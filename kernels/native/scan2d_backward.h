@@ -1,7 +1,6 @@
 /*
- * The gradients of the scan for one instruction set; included after scan2d_forward.h, whose names
- * it takes away at its end. States are not stored: a first pass keeps one checkpoint per chunk,
- * and each chunk is run again from it.
+ * The gradients of the scan for one instruction set; included by scan2d_level.h. States
+ * are not stored: a first pass keeps one checkpoint per chunk, and each chunk is run again from it.
  */
 
 #define task NAME(task)
@@ -58,6 +57,20 @@ TARGET static size_t NAME(backward_scratch)(const struct scan *scan)
     return NAME(lay_out)(scan, &measured, 0);
 }
 
+/* The steps before softplus, z, at the positions of a chunk. */
+INLINE void NAME(raw_steps)(const struct scan *scan, const struct weights *w,
+                            const float *projections, const int64_t *positions, int count, vf *z)
+{
+    const int64_t stride = scan_stride(scan);
+    for (int i = 0; i < count; i++) {
+        const float *dt = projections + positions[i] * stride;
+        vf sum = w->bias;
+        for (int64_t r = 0; r < scan->rank; r++)
+            sum += w->dt[r] * dt[r];
+        z[i] = sum;
+    }
+}
+
 /* Find the positions of a chunk, and its channels' input and steps there. */
 TARGET static void NAME(begin_chunk)(struct task *task, int64_t chunk, int64_t block)
 {
@@ -82,9 +95,12 @@ INLINE void NAME(keep_checkpoints)(const int states, struct task *task, int64_t 
     for (int64_t chunk = 0; chunk < task->chunks; chunk++) {
         memcpy(task->checkpoints + (chunk * task->blocks + block) * states, state,
                (size_t)states * sizeof *state);
+        vf delta[CHUNK];
         NAME(begin_chunk)(task, chunk, block);
+        for (int i = 0; i < task->count; i++)
+            delta[i] = NAME(softplus)(task->z[i]);
         NAME(advance)(states, task->scan, task->w + block, task->projections, task->positions,
-                      task->count, task->z, task->u, NULL, state);
+                      task->count, delta, task->u, NULL, state);
     }
 }
 
@@ -233,12 +249,4 @@ TARGET static void NAME(backward)(const struct scan *scan, int64_t item, void *s
 }
 
 #undef task
-#undef vf
-#undef vi
 #undef weights
-#undef INLINE
-#undef LANES
-#undef TARGET
-#undef NAME
-#undef V_MAX
-#undef V_MIN

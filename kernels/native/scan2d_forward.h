@@ -1,97 +1,15 @@
 /*
- * The forward scan for one instruction set; included once for each by scan2d.c, which defines
- * LANES, TARGET, NAME, V_MAX and V_MIN. Vectors run across channels.
+ * The forward scan for one instruction set; included by scan2d_level.h. Vectors run across
+ * channels.
  */
 
-#define vf NAME(vf)
-#define vi NAME(vi)
 #define weights NAME(weights)
-#define INLINE TARGET static inline __attribute__((always_inline))
-
-typedef float vf __attribute__((vector_size(4 * LANES)));
-typedef int32_t vi __attribute__((vector_size(4 * LANES)));
 
 /* One direction's parameters for LANES channels; A is in units of log2, as exp2 is what is run. */
 struct weights {
     vf bias, skip, A[MAX_STATES];
     vf *dt; /* [R] */
 };
-
-INLINE vf NAME(splat)(float value)
-{
-    return (vf){0} + value;
-}
-
-INLINE vf NAME(load)(const float *from, int count)
-{
-    vf v = {0};
-    if (count == LANES)
-        memcpy(&v, from, sizeof v);
-    else
-        memcpy(&v, from, (size_t)count * sizeof *from);
-    return v;
-}
-
-INLINE void NAME(store)(float *to, vf v, int count)
-{
-    if (count == LANES)
-        memcpy(to, &v, sizeof v);
-    else
-        memcpy(to, &v, (size_t)count * sizeof *to);
-}
-
-/*
- * 2^t to 1.5 ulp: exactly 0 below -127, infinite from 128, NaN for NaN (the second argument of
- * V_MAX and V_MIN is the one that they return for NaN). Adding 1.5 * 2^23 rounds to an integer and
- * leaves it in the low bits.
- */
-INLINE vf NAME(exp2)(vf t)
-{
-    const vf round = NAME(splat)(12582912.0f);
-    t = V_MIN(NAME(splat)(128.0f), V_MAX(NAME(splat)(-127.0f), t));
-    const vf shifted = t + round;
-    const vf f = t - (shifted - round);
-    vf p = NAME(splat)(0.0013264727f);
-    p = p * f + 0.0096715126f;
-    p = p * f + 0.055507337f;
-    p = p * f + 0.24022242f;
-    p = p * f + 0.69314698f;
-    p = p * f + 1.0f;
-    return (vf)((vi)p + ((vi)shifted << 23));
-}
-
-/* log(1 + e) for e in [0, 1], to 1.5 ulp of the result however small e is. */
-INLINE vf NAME(log1p)(vf e)
-{
-    vf p = NAME(splat)(-0.0033184746f);
-    p = p * e + 0.020204594f;
-    p = p * e - 0.057664461f;
-    p = p * e + 0.10680557f;
-    p = p * e - 0.15355397f;
-    p = p * e + 0.19695401f;
-    p = p * e - 0.24958588f;
-    p = p * e + 0.33330511f;
-    p = p * e - 0.49999933f;
-    p = p * e + 1.0f;
-    return p * e;
-}
-
-/* exp(-|z|), which neither overflows nor loses the small values. */
-INLINE vf NAME(exp_minus_abs)(vf z)
-{
-    return NAME(exp2)(V_MAX(z, -z) * -LOG2_E);
-}
-
-INLINE vf NAME(softplus)(vf z)
-{
-    return V_MAX(NAME(splat)(0.0f), z) + NAME(log1p)(NAME(exp_minus_abs)(z));
-}
-
-/* 1 / (1 + exp(-z)), as accurate for small results as for those near 1. */
-INLINE vf NAME(sigmoid)(vf z)
-{
-    return NAME(exp2)(V_MIN(NAME(splat)(0.0f), z) * LOG2_E) / (1.0f + NAME(exp_minus_abs)(z));
-}
 
 /* Bring one direction's parameters of a block of channels into the lanes. */
 TARGET static void NAME(pack)(const struct scan *scan, int direction, int64_t channel, int count,
@@ -102,62 +20,152 @@ TARGET static void NAME(pack)(const struct scan *scan, int direction, int64_t ch
     w->bias = NAME(load)(scan->dt_bias + first, count);
     w->skip = NAME(load)(scan->skip + first, count);
     for (int64_t n = 0; n < states; n++) {
-        w->A[n] = (vf){0};
-        for (int lane = 0; lane < count; lane++)
-            w->A[n][lane] = scan->A[(first + lane) * states + n] * LOG2_E;
+        const int64_t row = direction * states + n;
+        w->A[n] = NAME(load)(scan->A + row * scan->channels + channel, count) * LOG2_E;
     }
     for (int64_t r = 0; r < rank; r++) {
-        w->dt[r] = (vf){0};
-        for (int lane = 0; lane < count; lane++)
-            w->dt[r][lane] = scan->dt_weight[(first + lane) * rank + r];
+        const int64_t row = direction * rank + r;
+        w->dt[r] = NAME(load)(scan->dt_weight + row * scan->channels + channel, count);
     }
 }
 
-/* The steps before softplus, z, at the positions of a chunk. */
-INLINE void NAME(raw_steps)(const struct scan *scan, const struct weights *w,
-                            const float *projections, const int64_t *positions, int count, vf *z)
+/* Apart from the states, as one softplus takes half as long as all states of its position. */
+INLINE void NAME(steps)(const struct scan *scan, const struct weights *w,
+                        const float *projections, const int64_t *positions, int count, vf *delta)
 {
-    const int64_t stride = DIRECTIONS * scan_features(scan);
+    const int64_t stride = scan_stride(scan), rank = scan->rank;
     for (int i = 0; i < count; i++) {
         const float *dt = projections + positions[i] * stride;
         vf sum = w->bias;
-        for (int64_t r = 0; r < scan->rank; r++)
+        for (int64_t r = 0; r < rank; r++)
             sum += w->dt[r] * dt[r];
-        z[i] = sum;
+        delta[i] = NAME(softplus)(sum);
+    }
+}
+
+/* Advance the states over one chunk; ``y`` may be null. */
+INLINE void NAME(advance_any)(const struct scan *scan, const struct weights *w,
+                              const float *projections, const int64_t *positions, int count,
+                              const vf *delta, const vf *x, vf *y, vf *state)
+{
+    const int64_t stride = scan_stride(scan);
+    for (int i = 0; i < count; i++) {
+        const float *b = projections + positions[i] * stride + scan->rank;
+        const float *c = b + scan->states;
+        const vf drive = delta[i] * x[i];
+        vf sum = w->skip * x[i];
+        for (int64_t n = 0; n < scan->states; n++) {
+            state[n] = NAME(exp2)(delta[i] * w->A[n]) * state[n] + drive * b[n];
+            sum += state[n] * c[n];
+        }
+        if (y)
+            y[i] = sum;
     }
 }
 
 /*
- * Advance the states over one chunk; ``y`` may be null. ``states`` is a constant where the call
- * gives one, and so is the test of ``y``: the states then stay in registers.
+ * Advance 8 of 16 states from the ``first``, in variables as a compiler keeps an array in memory.
+ * Four exponentials go in step: one alone is a chain of ten instructions that wait for each other.
  */
+INLINE void NAME(advance_8)(const struct scan *scan, const vf *A, const float *projections,
+                            const int64_t *positions, int count, const vf *delta, const vf *x,
+                            vf *y, vf *state)
+{
+    const int64_t stride = scan_stride(scan);
+#define LOAD(n) vf s##n = state[n];
+#define STEP(n)                                 \
+    s##n = e##n * s##n + drive * b[n];          \
+    *(n % 2 ? &odd : &even) += s##n * c[n];
+#define STORE(n) state[n] = s##n;
+    EACH_8(LOAD)
+    for (int i = 0; i < count; i++) {
+        const float *b = projections + positions[i] * stride, *c = b + 16;
+        const vf drive = delta[i] * x[i];
+        vf even = y[i], odd = {0}, e0, e1, e2, e3, e4, e5, e6, e7;
+        NAME(exp2_of_4)(delta[i] * A[0], delta[i] * A[1], delta[i] * A[2], delta[i] * A[3],
+                        &e0, &e1, &e2, &e3);
+        EACH_4(STEP)
+        NAME(exp2_of_4)(delta[i] * A[4], delta[i] * A[5], delta[i] * A[6], delta[i] * A[7],
+                        &e4, &e5, &e6, &e7);
+        EACH_4_MORE(STEP)
+        y[i] = even + odd;
+    }
+    EACH_8(STORE)
+#undef LOAD
+#undef STEP
+#undef STORE
+}
+
+INLINE void NAME(advance_16)(const struct scan *scan, const struct weights *w,
+                             const float *projections, const int64_t *positions, int count,
+                             const vf *delta, const vf *x, vf *y, vf *state)
+{
+    vf unused[CHUNK];
+    vf *sums = y ? y : unused;
+    for (int i = 0; i < count; i++)
+        sums[i] = w->skip * x[i];
+    const float *b = projections + scan->rank;
+    NAME(advance_8)(scan, w->A, b, positions, count, delta, x, sums, state);
+    NAME(advance_8)(scan, w->A + 8, b + 8, positions, count, delta, x, sums, state + 8);
+}
+
+/* The same for ``states`` that the call may know as a constant. */
 INLINE void NAME(advance)(const int states, const struct scan *scan, const struct weights *w,
                           const float *projections, const int64_t *positions, int count,
-                          const vf *z, const vf *x, vf *y, vf *state)
+                          const vf *delta, const vf *x, vf *y, vf *state)
 {
-    const int64_t stride = DIRECTIONS * scan_features(scan);
-    vf s[MAX_STATES];
-    for (int n = 0; n < states; n++)
-        s[n] = state[n];
-    for (int i = 0; i < count; i++) {
-        const float *b = projections + positions[i] * stride + scan->rank;
-        const float *c = b + states;
-        const vf delta = NAME(softplus)(z[i]), drive = delta * x[i];
-        vf even = w->skip * x[i], odd = {0};
-        UNROLL_STATES
-        for (int n = 0; n < states; n++) {
-            s[n] = NAME(exp2)(delta * w->A[n]) * s[n] + drive * b[n];
-            if (n % 2)
-                odd += s[n] * c[n];
-            else
-                even += s[n] * c[n];
-        }
-        if (y)
-            y[i] = even + odd;
-    }
-    for (int n = 0; n < states; n++)
-        state[n] = s[n];
+    if (states == 16)
+        NAME(advance_16)(scan, w, projections, positions, count, delta, x, y, state);
+    else
+        NAME(advance_any)(scan, w, projections, positions, count, delta, x, y, state);
 }
+
+#if LANES == 16
+/* As NAME(pack) for at most 8 channels: two states share a vector, n and n + 8. */
+TARGET static void NAME(pack_halves)(const struct scan *scan, int direction, int64_t channel,
+                                     int count, struct weights *w)
+{
+    NAME(pack)(scan, direction, channel, count, w);
+    for (int n = 0; n < 8; n++)
+        w->A[n] = (vf)_mm512_shuffle_f32x4((__m512)w->A[n], (__m512)w->A[n + 8], 0x44);
+    w->bias = (vf)_mm512_shuffle_f32x4((__m512)w->bias, (__m512)w->bias, 0x44);
+    for (int64_t r = 0; r < scan->rank; r++)
+        w->dt[r] = (vf)_mm512_shuffle_f32x4((__m512)w->dt[r], (__m512)w->dt[r], 0x44);
+}
+
+/* As NAME(advance) for 16 states after NAME(pack_halves); x is in both halves, y in the lower. */
+INLINE void NAME(advance_halves)(const struct scan *scan, const struct weights *w,
+                                 const float *projections, const int64_t *positions, int count,
+                                 const vf *delta, const vf *x, vf *y, vf *state)
+{
+    const int64_t stride = scan_stride(scan);
+    const __m512i upper = _mm512_set_epi32(8, 8, 8, 8, 8, 8, 8, 8, 0, 0, 0, 0, 0, 0, 0, 0);
+#define LOAD(n)                                                                   \
+    const __m512i pair##n = _mm512_add_epi32(upper, _mm512_set1_epi32(n));        \
+    vf s##n = state[n];
+#define STEP(n)                                                                   \
+    s##n = e##n * s##n + drive * (vf)_mm512_permutexvar_ps(pair##n, b);           \
+    *(n % 2 ? &odd : &even) += s##n * (vf)_mm512_permutexvar_ps(pair##n, c);
+#define STORE(n) state[n] = s##n;
+    EACH_8(LOAD)
+    for (int i = 0; i < count; i++) {
+        const float *from = projections + positions[i] * stride + scan->rank;
+        const __m512 b = _mm512_loadu_ps(from), c = _mm512_loadu_ps(from + 16);
+        const vf step = delta[i], drive = step * x[i], *A = w->A;
+        vf even = w->skip * x[i], odd = {0}, e0, e1, e2, e3, e4, e5, e6, e7;
+        NAME(exp2_of_4)(step * A[0], step * A[1], step * A[2], step * A[3], &e0, &e1, &e2, &e3);
+        EACH_4(STEP)
+        NAME(exp2_of_4)(step * A[4], step * A[5], step * A[6], step * A[7], &e4, &e5, &e6, &e7);
+        EACH_4_MORE(STEP)
+        const __m512 sum = (__m512)(even + odd);
+        y[i] = (vf)_mm512_add_ps(sum, _mm512_shuffle_f32x4(sum, sum, 0x4e));
+    }
+    EACH_8(STORE)
+#undef LOAD
+#undef STEP
+#undef STORE
+}
+#endif
 
 /* Bytes of scratch for NAME(forward). */
 static size_t NAME(forward_scratch)(const struct scan *scan)
@@ -165,38 +173,105 @@ static size_t NAME(forward_scratch)(const struct scan *scan)
     return (size_t)scan->rank * sizeof(vf);
 }
 
-/* One work item: all four directions of LANES channels of one image, one after the other. */
+/* Where one direction's projections of a group begin. */
+INLINE const float *NAME(projections)(const struct scan *scan, int64_t image, int64_t group,
+                                      int direction)
+{
+    const int64_t features = scan_features(scan), length = scan_length(scan);
+    if (scan->paired) {
+        const int64_t pair = (image * scan->groups + group) * 2 + (direction & 1);
+        return scan->projections + (pair * length * 2 + (direction >> 1)) * features;
+    }
+    const int64_t first = image * length * scan->groups + group;
+    return scan->projections + (first * DIRECTIONS + direction) * features;
+}
+
+/* The positions of a chunk; its pixels are fetched early, as they lie far apart. */
+INLINE void NAME(look_ahead)(const struct scan *scan, int direction, int64_t start,
+                             const float *image_x, const float *image_y, int64_t *positions)
+{
+    const int64_t length = scan_length(scan), pixel = scan->groups * scan->channels;
+    if (start >= length)
+        return;
+    const int count = block_size(length, start, CHUNK);
+    scan_positions(scan, direction, start, count, positions);
+    for (int i = 0; i < count; i++) {
+        __builtin_prefetch(image_x + positions[i] * pixel);
+        __builtin_prefetch(image_y + positions[i] * pixel, 1);
+    }
+}
+
+/* One direction of a block of channels, all of them or the last few; see NAME(direction). */
+INLINE void NAME(lanes_direction)(const struct scan *scan, int direction, int64_t channel,
+                                  const int lanes, const float *image_x, float *image_y,
+                                  const float *projections, struct weights *w)
+{
+    const int64_t length = scan_length(scan), pixel = scan->groups * scan->channels;
+    vf state[MAX_STATES] = {{0}}, delta[CHUNK], x[CHUNK], y[CHUNK];
+    int64_t positions[CHUNK], next[CHUNK], rows[CHUNK];
+#if LANES == 16
+    const int halves = lanes <= 8 && scan->states == 16;
+    if (halves)
+        NAME(pack_halves)(scan, direction, channel, lanes, w);
+    else
+#endif
+        NAME(pack)(scan, direction, channel, lanes, w);
+    NAME(look_ahead)(scan, direction, 0, image_x, image_y, next);
+    for (int64_t start = 0; start < length; start += CHUNK) {
+        const int count = block_size(length, start, CHUNK);
+        memcpy(positions, next, sizeof next);
+        NAME(look_ahead)(scan, direction, start + CHUNK, image_x, image_y, next);
+        for (int i = 0; i < count; i++) {
+            const int64_t place = direction >> 1 ? length - 1 - start - i : start + i;
+            rows[i] = scan->paired ? place : positions[i];
+            x[i] = NAME(load)(image_x + positions[i] * pixel, lanes);
+        }
+        NAME(steps)(scan, w, projections, rows, count, delta);
+#if LANES == 16
+        if (halves) {
+            for (int i = 0; i < count; i++)
+                x[i] = (vf)_mm512_shuffle_f32x4((__m512)x[i], (__m512)x[i], 0x44);
+            NAME(advance_halves)(scan, w, projections, rows, count, delta, x, y, state);
+        } else
+#endif
+            NAME(advance)((int)scan->states, scan, w, projections, rows, count, delta, x, y,
+                          state);
+        if (direction)
+            for (int i = 0; i < count; i++)
+                y[i] += NAME(load)(image_y + positions[i] * pixel, lanes);
+        for (int i = 0; i < count; i++)
+            NAME(store)(image_y + positions[i] * pixel, y[i], lanes);
+    }
+}
+
+/*
+ * One direction of a block of LANES channels of one group. The first of all directions, 0, writes
+ * y, so that it needs no zeros beforehand.
+ */
+TARGET static void NAME(direction)(const struct scan *scan, int64_t image, int64_t group,
+                                   int64_t block, int direction, const float *projections,
+                                   void *scratch)
+{
+    const int64_t channel = block * LANES, pixel = scan->groups * scan->channels;
+    const int64_t first = image * scan_length(scan) * pixel + group * scan->channels + channel;
+    const int lanes = block_size(scan->channels, channel, LANES);
+    struct weights w = {.dt = scratch};
+    if (lanes == LANES)
+        NAME(lanes_direction)(scan, direction, channel, LANES, scan->x + first, scan->y + first,
+                              projections, &w);
+    else
+        NAME(lanes_direction)(scan, direction, channel, lanes, scan->x + first, scan->y + first,
+                              projections, &w);
+}
+
+/* One work item: all four directions of a block, one after the other, each before its reverse. */
 TARGET static void NAME(forward)(const struct scan *scan, int64_t item, void *scratch)
 {
-    const int64_t length = scan_length(scan), channels = scan->channels;
-    const int64_t blocks = block_count(channels, LANES);
-    const int64_t image = item / blocks, channel = item % blocks * LANES;
-    const int lanes = block_size(channels, channel, LANES);
-    const float *image_x = scan->x + image * length * channels + channel;
-    float *image_y = scan->y + image * length * channels + channel;
-    struct weights w = {.dt = scratch};
-    for (int direction = 0; direction < DIRECTIONS; direction++) {
-        const float *projections =
-            scan->projections + (image * length * DIRECTIONS + direction) * scan_features(scan);
-        vf state[MAX_STATES] = {{0}}, z[CHUNK], x[CHUNK], y[CHUNK];
-        int64_t positions[CHUNK];
-        NAME(pack)(scan, direction, channel, lanes, &w);
-        for (int64_t start = 0; start < length; start += CHUNK) {
-            const int count = block_size(length, start, CHUNK);
-            scan_positions(scan, direction, start, count, positions);
-            for (int i = 0; i < count; i++)
-                x[i] = NAME(load)(image_x + positions[i] * channels, lanes);
-            NAME(raw_steps)(scan, &w, projections, positions, count, z);
-            if (scan->states == 16)
-                NAME(advance)(16, scan, &w, projections, positions, count, z, x, y, state);
-            else
-                NAME(advance)((int)scan->states, scan, &w, projections, positions, count, z, x, y,
-                              state);
-            for (int i = 0; i < count; i++) {
-                float *to = image_y + positions[i] * channels;
-                /* The first direction writes, so that y needs no zeros beforehand. */
-                NAME(store)(to, direction ? NAME(load)(to, lanes) + y[i] : y[i], lanes);
-            }
-        }
+    const int64_t blocks = block_count(scan->channels, LANES);
+    const int64_t image = item / blocks / scan->groups, group = item / blocks % scan->groups;
+    for (int i = 0; i < DIRECTIONS; i++) {
+        const int direction = i / 2 + i % 2 * 2;
+        NAME(direction)(scan, image, group, item % blocks, direction,
+                        NAME(projections)(scan, image, group, direction), scratch);
     }
 }

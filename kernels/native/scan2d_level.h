@@ -1,0 +1,4 @@
+/* The scan for one instruction set, for levels.h. */
+
+#include "scan2d_forward.h"
+#include "scan2d_backward.h"
