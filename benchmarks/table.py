@@ -1,15 +1,27 @@
-"""Write the README's table from the results that the benchmarks left in ``results/``."""
+"""Write the README's table from the results that the benchmarks left in ``results/``.
+
+``accuracy_test_cpu.json`` comes from ``accuracy.py``, the others from ``mambamic benchmark``.
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- table: benchmarks/table.py -->", "<!-- end of table -->"
-_H200, _CPU = "one NVIDIA H200", "two cores of a Xeon with AVX-512"
+_CPU = "two cores of a Xeon with AVX-512"
+_MACHINES = ((_CPU, "benchmark_cpu.json"), ("one NVIDIA H200", "benchmark_h200.json"))
+_TITLES = {
+    f"{family}_{size}": f"{title}-{size.upper()}"
+    for family, title in (("mambamic", "MambaMIC"), ("medmamba", "MedMamba"))
+    for size in "tsb"
+}
+# The largest and the smallest image that is scanned at 224 x 224 pixels.
+_SCANS = ([128, 4, 96, 3136], [128, 4, 768, 49])
 
 
 def _result(name: str) -> dict[str, Any]:
@@ -23,38 +35,55 @@ def table() -> str:
     low, high = (100 * bound for bound in accuracy["interval_95"])
     rows = [
         (
-            f"accuracy on {accuracy['images']:,} held-out blood cells",
+            f"MambaMIC-T, accuracy on {accuracy['images']:,} held-out blood cells",
             f"{100 * accuracy['accuracy']:.1f} % (95 % interval {low:.1f} to {high:.1f})",
-            _CPU,
-            "accuracy.py",
+            "",
+            f"{_CPU}, float32",
+            "benchmarks/accuracy.py",
         )
     ]
-    for machine, name in ((_CPU, "inference_cpu.json"), (_H200, "inference_h200.json")):
-        result = _result(name)
-        by_batch = {row["batch"]: row for row in result["rows"]}
-        best = max(result["rows"], key=lambda row: row["images_per_second"])
-        where = f"{machine}, {result['inference']['dtype']}"
-        rows.append(
-            ("one image, in the library", f"{by_batch[1]['median_ms']:.0f} ms", where,
-             "inference.py")
-        )  # fmt: skip
-        rows.append(
-            (f"images per second, batch {best['batch']}", f"{best['images_per_second']:,.0f}",
-             where, "inference.py")
-        )  # fmt: skip
-    training = _result("training_h200.json")
-    rows.append(
-        (
-            f"training, images per second, batch {training['batch']}",
-            f"{training['images_per_second']:,}",
-            f"{_H200}, bfloat16",
-            "training.py",
-        )
-    )
-    lines = ["| MambaMIC-T, 224 x 224 pixels | | machine | printed by |", "|---|---|---|---|"]
-    lines += [f"| {what} | {value} | {where} | `benchmarks/{script}` |"
-              for what, value, where, script in rows]  # fmt: skip
+    for machine, name in _MACHINES:
+        for what, value, published, dtype in _measured(_result(name)["rows"]):
+            rows.append((what, value, published, f"{machine}, {dtype}", "mambamic benchmark"))
+    head = "| 224 x 224 pixels | | published code | machine | printed by |"
+    lines = [head, "|---|---|---|---|---|"]
+    lines += [f"| {what} | {value} | {published} | {where} | `{script}` |"
+              for what, value, published, where, script in rows]  # fmt: skip
     return "\n".join(lines)
+
+
+def _measured(rows: list[dict[str, Any]]) -> Iterator[tuple[str, str, str, str]]:
+    """Yield what was measured, the figure, the published code's, and the dtype."""
+    best: dict[str, float] = {}
+    for row in rows:
+        if row["part"] == "throughput":
+            name, rate = row["architecture"], row["images_per_second"]
+            best[name] = max(rate, best.get(name, 0))
+    for row in rows:
+        part, published = row["part"], f"{row['published']:,g}" if "published" in row else ""
+        if part == "scan":
+            if row["shape"] not in _SCANS:
+                continue
+            images, _, channels, positions = row["shape"]
+            what = f"scan, forward, {images} images, {channels} channels, {positions:,} positions"
+            value, unit = f"{_three(row['forward_ms'])} ms", " ms, the scan alone"
+        elif part == "latency":
+            what = f"{_TITLES[row['architecture']]}, one image"
+            value = f"{_three(row['p50_ms'])} ms (99 % within {_three(row['p99_ms'])})"
+            unit = " ms"
+        else:
+            rate = row["images_per_second"]
+            if part == "throughput" and rate < best[row["architecture"]]:
+                continue
+            what = f"{_TITLES[row['architecture']]}, {'training, ' if part == 'training' else ''}"
+            what += f"images per second, batch {row['batch']}"
+            value, unit = f"{rate:,.0f}", ""
+        yield what, value, published and published + unit, row["dtype"]
+
+
+def _three(value: float) -> str:
+    """Return a number with three significant digits, not in scientific notation."""
+    return f"{float(f'{value:.3g}'):g}"
 
 
 def updated(readme: str) -> str:

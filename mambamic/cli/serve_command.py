@@ -28,7 +28,7 @@ example:
 """
 DEMO = "model_store/mambamic_t_pbc"
 # As kernels.BACKENDS, whose import takes seconds: it brings torch.
-BACKENDS = ("auto", "cpu", "cuda", "reference")
+BACKENDS = ("auto", "cpu", "cuda", "mamba_ssm", "reference")
 
 
 def configure(parser: argparse.ArgumentParser) -> None:

@@ -1,0 +1,1 @@
+"""``mambamic benchmark``: what is measured, on what machine, and how far it is from the floors."""
