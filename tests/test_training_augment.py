@@ -64,3 +64,18 @@ def test_a_stain_keeps_its_colour() -> None:
     images = Augmentation((0, 0, 0), (1, 1, 1)).train()(red)
     assert (images[:, 0] > images[:, 2] + 0.15).all()
     assert images.mean((1, 2, 3)).std() > 0.01, "the brightness never changes"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("seed", range(4))  # each with another order of the changes of colour
+def test_the_kernel_does_what_kornia_does(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    coarse = torch.rand((16, 3, 12, 12), generator=generator)
+    smooth = torch.nn.functional.interpolate(coarse, size=(96, 96), mode="bilinear")
+    pixels = (smooth * 255).permute(0, 2, 3, 1).to(torch.uint8)
+    torch.manual_seed(seed)
+    expected = Augmentation(MEAN, STD).train()(pixels)
+    torch.manual_seed(seed)
+    got = Augmentation(MEAN, STD).cuda().train()(pixels.cuda())
+    assert got.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(got.cpu(), expected, rtol=0, atol=2e-3)

@@ -3,16 +3,32 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mambamic.errors import ShapeError
+from mambamic.kernels import batch_norm as batch_norm_kernel
+from mambamic.kernels import norm, shuffle
 
 
-def channel_shuffle(x: Tensor, groups: int) -> Tensor:
-    """View the channels as (groups, C / groups), transpose, flatten."""
+def channel_shuffle(
+    x: Tensor, groups: int, rest: Tensor | None = None, *, transposed: bool = False
+) -> Tensor:
+    """View the channels as (groups, C / groups), transpose, flatten.
+
+    Args:
+        x: (B, H, W, C), or its first channels.
+        groups: How many.
+        rest: The other channels.
+        transposed: Whether height and width change places as well.
+    """
+    if shuffle.supported(x) and (rest is None or rest.dtype == x.dtype):
+        return shuffle.shuffle(x, rest, groups, transposed=transposed)
+    x = x if rest is None else torch.cat([x, rest], dim=-1)
+    x = x.transpose(1, 2) if transposed else x
     grouped: Tensor = x.unflatten(-1, (groups, -1))
     return grouped.transpose(-1, -2).flatten(-2)
 
@@ -30,12 +46,48 @@ class LayerNorm(nn.LayerNorm):
     statistics are float32 inside either way.
     """
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalise the last dimension."""
+    def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
+        """Normalise the last dimension, and multiply by SiLU(``gate``) where one is given."""
+        if norm.supported(x):
+            return norm.layer_norm(x, self.weight, self.bias, self.eps, gate)
         with torch.autocast(x.device.type, enabled=False):
-            return F.layer_norm(
+            normalised = F.layer_norm(
                 x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps
             )
+        return normalised if gate is None else normalised * F.silu(gate)
+
+
+def batch_norm(layer: nn.BatchNorm2d, x: Tensor, *, relu: bool = False) -> Tensor:
+    """Apply a batch normalisation, and a ReLU behind it, as one where a kernel can (training)."""
+    if not (layer.training and batch_norm_kernel.supported(x)):
+        normalised: Tensor = layer(x)
+        return F.relu(normalised) if relu else normalised
+    mean, var, momentum = layer.running_mean, layer.running_var, layer.momentum
+    assert mean is not None
+    assert var is not None
+    assert momentum is not None
+    assert layer.num_batches_tracked is not None
+    layer.num_batches_tracked.add_(1)
+    return batch_norm_kernel.batch_norm(
+        x, mean, var, layer.weight, layer.bias, momentum, layer.eps, relu=relu
+    )
+
+
+class NormalisedSequence(nn.Sequential):
+    """Layers in sequence, in which a batch normalisation takes the ReLU behind it along."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, C, H, W) to (B, C', H', W')."""
+        layers, taken = [*self, nn.Identity()], False
+        for layer, following in pairwise(layers):
+            if taken:
+                taken = False
+            elif isinstance(layer, nn.BatchNorm2d):
+                taken = isinstance(following, nn.ReLU)
+                x = batch_norm(layer, x, relu=taken)
+            else:
+                x = layer(x)
+        return x
 
 
 class StochasticDepth(nn.Module):
@@ -51,9 +103,8 @@ class StochasticDepth(nn.Module):
             return x
         survival = 1.0 - self.rate
         shape = (x.shape[0],) + (1,) * (x.ndim - 1)
-        return (
-            x * torch.empty(shape, dtype=x.dtype, device=x.device).bernoulli_(survival) / survival
-        )
+        kept = torch.empty(shape, dtype=x.dtype, device=x.device).bernoulli_(survival)
+        return x * (kept / survival)
 
 
 class PatchMerging(nn.Module):
@@ -70,10 +121,11 @@ class PatchMerging(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, H, W, C) to (B, H // 2, W // 2, 2 C)."""
-        height, width = x.shape[1] // 2 * 2, x.shape[2] // 2 * 2
-        x = x[:, :height, :width]
-        phases = [x[:, row::2, column::2] for column in (0, 1) for row in (0, 1)]
-        merged: Tensor = self.reduction(self.norm(torch.cat(phases, dim=-1)))
+        if x.shape[1] % 2 or x.shape[2] % 2:
+            x = x[:, : x.shape[1] // 2 * 2, : x.shape[2] // 2 * 2]
+        patches = x.unflatten(2, (-1, 2)).unflatten(1, (-1, 2))  # [B, H/2, row, W/2, column, C]
+        phases = patches.permute(0, 1, 3, 4, 2, 5).flatten(3)  # by column, then by row
+        merged: Tensor = self.reduction(self.norm(phases))
         return merged
 
 

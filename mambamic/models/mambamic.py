@@ -13,11 +13,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mambamic.kernels import masks
 from mambamic.models.layers import (
     LayerNorm,
+    NormalisedSequence,
     PatchMerging,
     Stage,
     StochasticDepth,
+    batch_norm,
     channel_shuffle,
     channels_last,
     check_image,
@@ -47,8 +50,7 @@ class ConvNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, C, H, W) to (B, C', H / 2, W / 2)."""
-        normalised: Tensor = self.bn(self.c(x))
-        return normalised
+        return batch_norm(self.bn, self.c(x))
 
 
 class ExpandingConv(nn.Conv2d):
@@ -74,7 +76,7 @@ def local_branch(dim: int) -> nn.Sequential:
 
     Its first normalisation stands before a zero-padded convolution.
     """
-    return nn.Sequential(
+    return NormalisedSequence(
         nn.BatchNorm2d(dim),
         nn.Conv2d(dim, dim, kernel_size=3, padding=1, groups=dim),
         nn.BatchNorm2d(dim),
@@ -104,8 +106,7 @@ class LocallyAwareEnhancedFilter(nn.Module):
         x = F.silu(F.linear(x, self.conv_0.weight.flatten(1), self.conv_0.bias))
         filtered, rest = x.split([self.filtered, self.dim - self.filtered], dim=-1)
         filtered = F.silu(channels_last(self.conv_1, filtered))
-        x = torch.cat([filtered, rest], dim=-1).transpose(1, 2)
-        return channel_shuffle(x, self.dim // 2)
+        return channel_shuffle(filtered, self.dim // 2, rest, transposed=True)
 
 
 class REVSSM(GatedScan):
@@ -164,11 +165,19 @@ class FeatureInteraction(nn.Module):
 
     def forward(self, local: Tensor, global_: Tensor) -> Tensor:
         """Map two (B, H, W, C / 2) tensors to (B, H, W, C)."""
-        local_mask = torch.sigmoid(F.relu(channels_last(self.DWConv, local)))
-        global_mask = torch.sigmoid(F.gelu(channels_last(self.DWConv, global_)))
-        mixed = torch.cat([local_mask * global_, global_mask * local], dim=-1)
-        attended: Tensor = self.attention(channel_shuffle(mixed, mixed.shape[-1] // 4))
+        convolved = channels_last(self.DWConv, local), channels_last(self.DWConv, global_)
+        a, b = self.masked(*convolved, local, global_)
+        attended: Tensor = self.attention(channel_shuffle(a, a.shape[-1] // 2, b))
         return attended
+
+    def masked(
+        self, of_local: Tensor, of_global: Tensor, local: Tensor, global_: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return the global branch masked by the local one, and the reverse."""
+        if masks.supported(of_local, of_global, local, global_):
+            return masks.masks(of_local, of_global, local, global_)
+        local_mask, global_mask = torch.sigmoid(F.relu(of_local)), torch.sigmoid(F.gelu(of_global))
+        return local_mask * global_, global_mask * local
 
 
 class MambaMICBlock(nn.Module):
@@ -184,7 +193,8 @@ class MambaMICBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, H, H, C) to the same shape."""
         left, right = x.chunk(2, dim=-1)
-        local = channels_last(self.Conv_branch, left)
+        # Dense, because batch normalisation of a slice takes torch's slowest way.
+        local = channels_last(self.Conv_branch, left.contiguous())
         global_ = channel_shuffle(self.drop_path(self.pvm_layer(right)), x.shape[-1] // 4)
         fused: Tensor = self.MIFA(local, global_)
         return fused

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from mambamic.models.layers import (
     LayerNorm,
+    NormalisedSequence,
     PatchMerging,
     Stage,
     StochasticDepth,
@@ -62,7 +63,7 @@ class SS2D(GatedScan):
 
 def conv_branch(dim: int) -> nn.Sequential:
     """Build the convolutional branch [conv33conv33conv11], channels first."""
-    return nn.Sequential(
+    return NormalisedSequence(
         nn.BatchNorm2d(dim),
         nn.Conv2d(dim, dim, kernel_size=3, padding=1),
         nn.BatchNorm2d(dim),
@@ -90,7 +91,7 @@ class MedMambaBlock(nn.Module):
         left, right = x.chunk(2, dim=-1)
         left = channels_last(self.conv33conv33conv11, left)
         right = self.drop_path(self.self_attention(self.ln_1(right)))
-        return x + channel_shuffle(torch.cat([left, right], dim=-1), 2)
+        return x + channel_shuffle(left, 2, right)
 
 
 class MedMamba(nn.Module):

@@ -70,5 +70,5 @@ class GatedScan(nn.Module):
         """Map (B, H, W, d_model) to (B, H, W, d_inner)."""
         x, gate = self.in_proj(x).chunk(2, dim=-1)
         x = F.silu(channels_last(self.conv2d, x))
-        normalised: Tensor = self.out_norm(self.scan(x))
-        return normalised * F.silu(gate)
+        gated: Tensor = self.out_norm(self.scan(x), gate)
+        return gated
