@@ -157,8 +157,7 @@ def default_workers(device: str) -> int:
     """Return how many workers a model gets where nobody says.
 
     One on a CPU, which it fills. Two for each GPU: one decodes while the other classifies, and
-    while a killed one plans its kernels anew, which takes a GPU's libraries many seconds, the
-    other answers.
+    while a killed one starts again the other answers.
     """
     gpus = 0 if device == "cpu" else gpu_count()
     return max(1, 2 * gpus)
