@@ -14,6 +14,7 @@ from mambamic.kernels import nvrtc
 TILE = 16  # positions between two stored states; the kernel's constant of the same name
 _N_DIRECTIONS = 4
 _D_STATE = 16
+_CAPABILITY = (8, 0)  # asynchronous copies, TF32 on tensor cores
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 REGISTERS = 128  # per thread: enough not to spill, few enough for 16 warps on a multiprocessor
 _PARTS = ("walk", "memory", "steps", "stage")
@@ -87,6 +88,12 @@ def unavailable() -> str | None:
         if built is None:
             return f"torch {torch.__version__} is built without CUDA: install a CUDA build of torch"
         return f"torch (CUDA {built}) finds no NVIDIA GPU: check the driver with nvidia-smi"
+    newest = max(map(torch.cuda.get_device_capability, range(torch.cuda.device_count())))
+    if newest < _CAPABILITY:
+        return (
+            f"the GPU has compute capability {newest[0]}.{newest[1]}, its kernels need "
+            f'{_CAPABILITY[0]}.{_CAPABILITY[1]} (Ampere or newer): use device="cpu"'
+        )
     module = nvrtc.missing_module()
     if module is None:
         return None

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mambamic.errors import BackendError
 from mambamic.kernels import nvrtc
 from mambamic.kernels.cuda import DTYPES, TILE, check, prepare
 
@@ -32,18 +31,8 @@ def backward(
 
     Each comes in the dtype of what it belongs to. Sums over directions, images and blocks are
     taken in a fixed order: the result is deterministic.
-
-    Raises:
-        BackendError: The GPU has no tensor cores that take float32.
     """
     sizes = check(x, projections, dt_weight, A)
-    capability = torch.cuda.get_device_capability(x.device)
-    if capability < (8, 0):
-        raise BackendError(
-            f"a GPU of compute capability {capability[0]}.{capability[1]}",
-            "8.0 or more, for training",
-            "train on a newer GPU; inference works on this one",
-        )
     x, projections = x.contiguous(), projections.contiguous()
     grad_y = grad_y.to(x.dtype).contiguous()
     weights = prepare(dt_weight, dt_bias, A, skip)

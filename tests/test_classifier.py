@@ -241,7 +241,7 @@ def check_memory(classifier: Classifier, predictions: int) -> None:
 
 
 def test_memory_does_not_grow(on_each_device: Classifier) -> None:
-    check_memory(on_each_device, 1000)
+    check_memory(on_each_device, 400)
 
 
 @pytest.mark.soak
