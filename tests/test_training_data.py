@@ -1,4 +1,4 @@
-"""Image folders and zips as training reads them, and the batches made of them."""
+"""Image folders, zips and arrays as training reads them, and the batches made of them."""
 
 from __future__ import annotations
 
@@ -63,6 +63,10 @@ def test_a_split(write: Writer, tmp_path: Path) -> None:
     assert split.labels.dtype == torch.int64
     assert split.pixels.dtype == torch.uint8
     assert len(split) == 9
+    assert not split.multi_label
+    assert split.names == tuple(
+        f"train/{name}/{index}.png" for name in COLOURS for index in range(3)
+    )
     expected = [
         (colour[0], colour[1], colour[2] + index)
         for colour in COLOURS.values()
@@ -108,6 +112,60 @@ def test_hidden_files_and_folders_are_passed_over(write: Writer, tmp_path: Path)
 def test_a_zip_may_hold_the_split_in_a_folder(tmp_path: Path) -> None:
     nested = {f"data/cells/{name}": data for name, data in contents(each=1).items()}
     assert len(load_split(write_zip(tmp_path, nested), "train", PREPROCESS)) == 3
+
+
+def test_a_zip_of_all_splits(tmp_path: Path) -> None:
+    write_zip(tmp_path, contents("train") | contents("val", each=1), "cells")
+    assert len(load_split(tmp_path / "cells.zip", "train", PREPROCESS)) == 9
+    assert len(load_split(tmp_path / "cells.zip", "val", PREPROCESS)) == 3
+    with pytest.raises(DataError, match=r"cells\.zip has no folder test/"):
+        load_split(tmp_path / "cells.zip", "test", PREPROCESS)
+
+
+def test_classes_in_an_order_of_their_own(tmp_path: Path) -> None:
+    write_folder(tmp_path, contents(each=1))
+    classes = ("red", "none", "green", "blue")
+    split = load_split(tmp_path, "train", PREPROCESS, classes=classes)
+    assert split.classes == classes
+    assert split.labels.tolist() == [3, 2, 0]
+    with pytest.raises(DataError, match=r"the classes red; expected none but blue, green"):
+        load_split(tmp_path, "train", PREPROCESS, classes=("blue", "green"))
+
+
+def test_arrays_are_what_the_same_images_are_as_files(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    images = random.integers(0, 256, (300, 12, 12), np.uint8)
+    labels = (np.arange(300) % 3)[:, None]
+    np.savez_compressed(tmp_path / "cells.npz", train_images=images, train_labels=labels)
+    for index, image in enumerate(images):
+        folder = tmp_path / f"train/{index % 3}"
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(folder / f"{index:03}.png")
+    arrays = load_split(tmp_path / "cells.npz", "train", PREPROCESS)
+    files = load_split(tmp_path, "train", PREPROCESS)
+    assert arrays.classes == files.classes == ("0", "1", "2")
+    assert arrays.names[:2] == ("train[0]", "train[1]")
+    by_label = torch.argsort(arrays.labels, stable=True)
+    assert torch.equal(arrays.labels[by_label], files.labels)
+    assert torch.equal(arrays.pixels[by_label], files.pixels)
+
+
+def test_arrays_in_which_several_classes_may_be_right(tmp_path: Path) -> None:
+    images = np.zeros((2, 8, 8, 3), np.uint8)
+    labels = np.array([[0, 1, 1], [0, 0, 0]], np.uint8)
+    np.savez(tmp_path / "chest.npz", val_images=images, val_labels=labels)
+    split = load_split(tmp_path / "chest.npz", "val", PREPROCESS)
+    assert split.multi_label
+    assert split.labels.tolist() == labels.tolist()
+    assert split.labels.dtype == torch.int64
+    assert split.to(torch.device("cpu")).multi_label
+
+
+def test_arrays_of_one_class(tmp_path: Path) -> None:
+    images, labels = np.zeros((2, 8, 8), np.uint8), np.zeros((2, 1), np.uint8)
+    np.savez(tmp_path / "one.npz", train_images=images, train_labels=labels)
+    with pytest.raises(DataError, match=r"one\.npz has 2 images of 1 classes in split 'train'"):
+        load_split(tmp_path / "one.npz", "train", PREPROCESS)
 
 
 def test_a_missing_split(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from mambamic import create_model
 from mambamic.training.augment import Augmentation
 from mambamic.training.data import Batches, Split
-from mambamic.training.module import TrainingModule
+from mambamic.training.module import TrainingModule, accuracy, criterion
 from mambamic.training.recipe import Recipe
 from mambamic.training.run import _quiet
 
@@ -146,3 +146,24 @@ def test_what_is_exempt_from_weight_decay() -> None:
     for name, parameter in parameters.items():
         special = name.endswith(("bias", "A_logs", "Ds")) or parameter.ndim == 1
         assert (id(parameter) in exempt) == special, name
+
+
+def test_several_labels_are_scored_one_by_one() -> None:
+    logits = torch.tensor([[2.0, -1.0, 0.5], [-3.0, 4.0, -0.5]])
+    labels = torch.tensor([[1, 0, 0], [0, 1, 1]])
+    assert accuracy(logits, labels).item() == pytest.approx(4 / 6)
+    probability = torch.sigmoid(logits)
+    loss = -torch.where(labels > 0, probability, 1 - probability).log().mean()
+    assert criterion(logits, labels).item() == pytest.approx(loss.item())
+    right = torch.where(labels > 0, probability, 1 - probability).log()
+    wrong = torch.where(labels > 0, 1 - probability, probability).log()
+    smoothed = -(0.95 * right + 0.05 * wrong).mean()
+    assert criterion(logits, labels, 0.1).item() == pytest.approx(smoothed.item())
+
+
+def test_learns_several_labels() -> None:
+    split = images(count=32)
+    bright = 1 - split.labels
+    several = Split(split.pixels, torch.stack([bright, split.labels], 1), split.classes)
+    trainer = fit(linear(), several)
+    assert trainer.callback_metrics["val_accuracy"] > 0.9

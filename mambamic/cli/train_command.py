@@ -11,7 +11,9 @@ from mambamic.training.recipe import Recipe
 
 _DESCRIPTION = """Train a model on DATA/train, choosing the best epoch on DATA/val.
 
-DATA holds train and val, as folders or as train.zip and val.zip, each SPLIT/CLASS/IMAGE.
+DATA holds train and val, as folders or as train.zip and val.zip, each SPLIT/CLASS/IMAGE; or it is
+a MedMNIST .npz (docs/datasets.md). Where its images have several labels each, accuracy is that of
+the labels.
 A run that was stopped goes on where it was when the same command is given again.
 
 example:
@@ -25,7 +27,9 @@ exit status: 0 trained, 1 something failed, 2 the call is wrong, 130 or 143 stop
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     parser.description = _DESCRIPTION
-    parser.add_argument("data", type=Path, help="folder with train and val, as folders or zips")
+    parser.add_argument(
+        "data", type=Path, help="folder with train and val, as folders or zips; or .npz"
+    )
     parser.add_argument("--arch", required=True, help="mambamic_t|s|b or medmamba_t|s|b")
     parser.add_argument("--out", type=Path, required=True, help="folder for state, log and result")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default auto)")

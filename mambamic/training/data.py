@@ -1,27 +1,22 @@
-"""Image folders, as directories or zips, decoded once and kept as uint8."""
+"""One split of a data set, decoded once and kept as uint8, and the batches made of it."""
 
 from __future__ import annotations
 
-import zipfile
-import zlib
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from mambamic.decoding import DecodePool
+from mambamic.data.source import LAYOUT, Source, open_split, refuse_unreadable
 from mambamic.errors import DataError, MambamicError
 from mambamic.preprocess import Pixels, Preprocess
 from mambamic.training.recipe import epoch_seed
-
-_AT_ONCE = 256  # images decoded between two steps of the progress bar
-_LAYOUT = "SPLIT/CLASS/IMAGE, as folders or in SPLIT.zip"
 
 
 @dataclass(frozen=True)
@@ -30,29 +25,48 @@ class Split:
 
     Args:
         pixels: (N, S, S, 3) uint8.
-        labels: (N,) int64, indices into ``classes``.
-        classes: Names in alphabetical order.
+        labels: (N,) int64, indices into ``classes``; or, where an image may show several, (N,
+            classes) int64 of 0 and 1.
+        classes: Names; in alphabetical order unless others were given.
+        names: Of the images: their files, or their places in an array.
     """
 
     pixels: Tensor
     labels: Tensor
     classes: tuple[str, ...]
+    names: tuple[str, ...] = ()
+
+    @property
+    def multi_label(self) -> bool:
+        """Whether an image may show several classes, or none."""
+        return self.labels.ndim == 2
 
     def to(self, device: torch.device) -> Split:
         """Move images and labels to a device."""
-        return Split(self.pixels.to(device), self.labels.to(device), self.classes)
+        return replace(self, pixels=self.pixels.to(device), labels=self.labels.to(device))
 
     def __len__(self) -> int:
         return self.labels.shape[0]
 
 
-def load_split(data: Path, split: str, preprocess: Preprocess, *, progress: bool = False) -> Split:
+def load_split(
+    data: Path,
+    split: str,
+    preprocess: Preprocess,
+    *,
+    classes: tuple[str, ...] | None = None,
+    progress: bool = False,
+) -> Split:
     """Read one split of a data set.
 
     Args:
-        data: A folder that holds ``split`` as a folder or as ``split.zip``.
+        data: A folder that holds ``split`` as a folder or as ``split.zip``; a zip of such a folder;
+            or a MedMNIST ``.npz``.
         split: Usually ``train``, ``val`` or ``test``.
         preprocess: Brings every image to one size.
+        classes: Names in the order that the labels shall have; by default the folders in
+            alphabetical order, and for an ``.npz`` its own order, by the names in
+            ``NAME.classes.txt`` beside it or else ``0``, ``1`` and so on.
         progress: Whether to show a progress bar.
 
     Raises:
@@ -60,91 +74,34 @@ def load_split(data: Path, split: str, preprocess: Preprocess, *, progress: bool
             read; up to five of these are named.
     """
     with ExitStack() as stack:
-        files = _open(data, split, stack)
-        classes = tuple(sorted({PurePosixPath(name).parent.name for name, _ in files}))
-        if len(classes) < 2:
+        source = open_split(data, split, stack, classes)
+        if len(source.classes) < 2 or len(source) == 0:
             raise DataError(
-                f"{data} has {len(files)} images of {len(classes)} classes in split {split!r}",
-                f"images of at least two classes, as {_LAYOUT}",
+                f"{data} has {len(source)} images of {len(source.classes)} classes "
+                f"in split {split!r}",
+                f"images of at least two classes, as {LAYOUT}",
                 "check the path and the layout",
             )
-        index = {name: number for number, name in enumerate(classes)}
-        pool = stack.enter_context(DecodePool(preprocess))
-        bar = stack.enter_context(
-            tqdm(total=len(files), desc=f"reading {split}", unit="image", disable=not progress)
-        )
-        size = preprocess.input_size
-        pixels = np.empty((len(files), size, size, 3), np.uint8)
-        failures: list[tuple[str, MambamicError]] = []
-        start = 0
-        names = iter(files)
-        while chunk := list(islice(names, _AT_ONCE)):
-            decoded = _decode(pool, [file for _, file in chunk])
-            for offset, (result, (name, _)) in enumerate(zip(decoded, chunk, strict=True)):
-                if isinstance(result, MambamicError):
-                    failures.append((name, result))
-                else:
-                    pixels[start + offset] = result
-            start += len(chunk)
-            bar.update(len(chunk))
-    if failures:
-        first = "; ".join(f"{name}: {error.problem}" for name, error in failures[:5])
-        raise DataError(
-            f"{len(failures)} of {len(files)} images of split {split!r} cannot be read ({first})",
-            "readable images",
-            "remove or mend these files",
-        )
-    labels = [index[PurePosixPath(name).parent.name] for name, _ in files]
-    return Split(torch.from_numpy(pixels), torch.tensor(labels), classes)
+        pixels = _decode(source, preprocess, progress=progress)
+    labels = torch.from_numpy(source.labels)
+    return Split(torch.from_numpy(pixels), labels, source.classes, source.names)
 
 
-class _File:
-    """Something that can be read later, so that a split is never in memory as files."""
-
-    def __init__(self, source: Path | zipfile.ZipFile, name: str) -> None:
-        self._source, self._name = source, name
-
-    def read(self) -> bytes | DataError:
-        try:
-            if isinstance(self._source, Path):
-                return (self._source / self._name).read_bytes()
-            return self._source.read(self._name)
-        # A RuntimeError is what zipfile raises for encryption and for methods that it lacks.
-        except (OSError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
-            return DataError(f"it cannot be read ({error})", "a readable file", "check the file")
-
-
-def _decode(pool: DecodePool, files: list[_File]) -> list[Pixels | MambamicError]:
-    contents = [file.read() for file in files]
-    decoded = iter(pool.map([content for content in contents if isinstance(content, bytes)]))
-    return [next(decoded) if isinstance(content, bytes) else content for content in contents]
-
-
-def _open(data: Path, split: str, stack: ExitStack) -> list[tuple[str, _File]]:
-    folder, archive = data / split, data / f"{split}.zip"
-    source: Path | zipfile.ZipFile
-    if folder.is_dir():
-        source = data
-        names: Iterator[str] = (
-            str(path.relative_to(data).as_posix()) for path in folder.glob("*/*") if path.is_file()
-        )
-    elif archive.is_file():
-        try:
-            source = stack.enter_context(zipfile.ZipFile(archive))
-        except (OSError, zipfile.BadZipFile) as error:
-            raise DataError(f"{archive} ({error})", "a readable zip", "get it again") from error
-        names = (info.filename for info in source.infolist() if not info.is_dir())
-    else:
-        raise DataError(
-            f"{data} has neither {folder.name}/ nor {archive.name}", _LAYOUT, "check the path"
-        )
-    kept = sorted(
-        name
-        for name in names
-        if PurePosixPath(name).parts[-3:-2] == (split,)
-        and not any(part.startswith(".") for part in PurePosixPath(name).parts[-2:])
-    )
-    return [(name, _File(source, name)) for name in kept]
+def _decode(source: Source, preprocess: Preprocess, *, progress: bool) -> Pixels:
+    """Bring all images to one size; (N, S, S, 3) uint8, the only copy that is held."""
+    size = preprocess.input_size
+    pixels = np.empty((len(source), size, size, 3), np.uint8)
+    failures = []
+    decoded = source.map(lambda stored: preprocess.pixels(stored.image))
+    title = f"reading {source.split}"
+    bar = tqdm(decoded, title, len(source), unit="image", disable=not progress)
+    for index, result in enumerate(bar):
+        if isinstance(result, MambamicError):
+            failures.append((source.names[index], result))
+        else:
+            pixels[index] = result
+    refuse_unreadable(failures, source)
+    return pixels
 
 
 class Batches:

@@ -45,6 +45,26 @@ class MovingAverage(AveragedModel):
         self._begun = True
 
 
+def criterion(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
+    """Return the mean loss of (B, C) logits: cross-entropy, per class where labels are several.
+
+    Args:
+        logits: (B, C).
+        labels: (B,) indices, or (B, C) of 0 and 1.
+        smoothing: How much of a label is spread over what it is not.
+    """
+    if labels.ndim == 1:
+        return F.cross_entropy(logits, labels, label_smoothing=smoothing)
+    target = labels.to(logits.dtype) * (1 - smoothing) + smoothing / 2
+    return F.binary_cross_entropy_with_logits(logits, target)
+
+
+def accuracy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return the share of right labels; shapes as in ``criterion``."""
+    right = logits.argmax(-1) == labels if labels.ndim == 1 else (logits > 0) == (labels > 0)
+    return right.float().mean()
+
+
 def capture(model: nn.Module, images: Tensor) -> None:
     """Replay a model's forward and backward pass as CUDA graphs whenever it trains.
 
@@ -77,14 +97,13 @@ class TrainingModule(pl.LightningModule):
         self.to_capture = True  # at the first step on a GPU
 
     def loss(self, pixels: Tensor, labels: Tensor) -> Tensor:
-        """Return the loss of one batch of (B, S, S, 3) uint8 pixels and (B,) labels."""
+        """Return the loss of one batch of (B, S, S, 3) uint8 pixels and (B,) or (B, C) labels."""
         with torch.no_grad(), torch.autocast(pixels.device.type, enabled=False):
             images = self.augmentation(pixels)
         if images.is_cuda and self.to_capture:
             self.to_capture = False
             capture(self.model, images)
-        smoothing = self.recipe.label_smoothing
-        return F.cross_entropy(self.model(images).float(), labels, label_smoothing=smoothing)
+        return criterion(self.model(images).float(), labels, self.recipe.label_smoothing)
 
     def training_step(self, batch: tuple[Tensor, Tensor], _index: int) -> Tensor:
         """Return the loss of one batch."""
@@ -121,9 +140,8 @@ class TrainingModule(pl.LightningModule):
         pixels, labels = batch
         logits = self.average(self.augmentation(pixels)).float()
         size = labels.shape[0]
-        self.log("val_loss", F.cross_entropy(logits, labels), batch_size=size, prog_bar=True)
-        accuracy = (logits.argmax(-1) == labels).float().mean()
-        self.log("val_accuracy", accuracy, batch_size=size, prog_bar=True)
+        self.log("val_loss", criterion(logits, labels), batch_size=size, prog_bar=True)
+        self.log("val_accuracy", accuracy(logits, labels), batch_size=size, prog_bar=True)
 
     def optimizer(self) -> AdamW:
         """Return AdamW at the full rate, with what is exempt from weight decay as group 1."""

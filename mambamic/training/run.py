@@ -73,7 +73,9 @@ class Run:
             "mambamic": __version__,
         }
 
-    def config(self, classes: tuple[str, ...], metrics: dict[str, Any]) -> Config:
+    def config(
+        self, classes: tuple[str, ...], metrics: dict[str, Any], *, multi_label: bool = False
+    ) -> Config:
         """Return what the checkpoint will state.
 
         Raises:
@@ -82,6 +84,7 @@ class Run:
         return Config.from_settings(
             architecture=self.architecture,
             classes=classes,
+            head="sigmoid" if multi_label else "softmax",
             mpp=self.mpp,
             licence=self.licence,
             training_data=self.training_data,
@@ -335,7 +338,7 @@ def _export(
         "seed": run.recipe.seed,
         "torch": torch.__version__,
     }
-    config = run.config(train.classes, metrics)
+    config = run.config(train.classes, metrics, multi_label=train.multi_label)
     return save_checkpoint(
         run.out / RESULT, config, weights, model_card(config, run.recipe), half=True
     )
