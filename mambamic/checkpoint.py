@@ -23,6 +23,7 @@ CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 CARD_FILE = "README.md"
 FILES = (CONFIG_FILE, WEIGHTS_FILE, CARD_FILE)
+OOD_FILE = "ood.safetensors"  # where a detector was fitted, see ``ood``
 
 # The exponent of the decay, step sizes and variances span more than half precision resolves, and
 # together they are a small part of the weights.
@@ -152,12 +153,12 @@ def save_checkpoint(
         (fresh / CONFIG_FILE).write_text(config.to_json(), encoding="utf-8")
         (fresh / WEIGHTS_FILE).write_bytes(data)
         (fresh / CARD_FILE).write_text(card, encoding="utf-8")
-        _exchange(fresh, folder)
+        exchange(fresh, folder)
     return Checkpoint(folder, config)
 
 
-def _exchange(fresh: Path, folder: Path) -> None:
-    """Put ``fresh`` in the place of ``folder``, which comes back if that fails."""
+def exchange(fresh: Path, folder: Path) -> None:
+    """Put the folder ``fresh`` in the place of ``folder``, which comes back if that fails."""
     if not folder.exists():
         fresh.rename(folder)
         return
@@ -189,7 +190,9 @@ def _check_replaceable(folder: Path) -> None:
     if not folder.exists():
         return
     others = (
-        [folder] if not folder.is_dir() else [p for p in folder.iterdir() if p.name not in FILES]
+        [folder]
+        if not folder.is_dir()
+        else [p for p in folder.iterdir() if p.name not in (*FILES, OOD_FILE)]
     )
     if others:
         raise UsageError(

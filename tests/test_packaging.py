@@ -62,6 +62,7 @@ def test_wheel_holds_every_module_and_nothing_else(wheel: Path, root: Path) -> N
     top = {name.split("/")[0] for name in names}
     assert top == {"mambamic", f"mambamic-{__version__}.dist-info"}
     assert "mambamic/py.typed" in names
+    assert "mambamic/evaluation/report.html" in names
     assert "mambamic/kernels/_scan2d.so" in names
     assert "mambamic/kernels/native/cuda/forward.cu" in names
     assert any(name.endswith("licenses/LICENSE") for name in names)

@@ -113,7 +113,7 @@ class FileSource(Source):
             raise DataError(
                 f"split {split!r} has the classes {', '.join(unknown)}",
                 "none but " + ", ".join(known),
-                "rename or remove these folders, or name these classes too",
+                "rename or remove these folders, or use a checkpoint that was trained on them",
             )
         labels = np.array([index[name] for name in folders], np.int64)
         super().__init__(split, known, labels, kept, passed_over)

@@ -1,0 +1,1 @@
+"""How good a checkpoint is on a split: metrics with intervals, plots, a page, a temperature."""
