@@ -14,8 +14,15 @@ import zipfile
 from pathlib import Path
 
 from mambamic._version import __version__
-from mambamic.checkpoint import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE, load_checkpoint
+from mambamic.checkpoint import (
+    CARD_FILE,
+    CONFIG_FILE,
+    OOD_FILE,
+    WEIGHTS_FILE,
+    load_checkpoint,
+)
 from mambamic.errors import UsageError
+from mambamic.ood import load_detector
 
 MANIFEST_FILE = "MAR-INF/MANIFEST.json"
 MODEL_CONFIG_FILE = "model-config.yaml"
@@ -95,6 +102,9 @@ def write_archive(
         CARD_FILE: opened.card().encode(),
         WEIGHTS_FILE: opened.weights(),
     }
+    detector = load_detector(opened)
+    if detector is not None:
+        contents[OOD_FILE] = detector.to_bytes(opened.config.weights_sha256)
     target = Path(out)
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as scratch:

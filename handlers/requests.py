@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from mambamic.errors import MambamicError, MediaTypeError, RequestError, TooLargeError
 from mambamic.handlers.parts import Part
@@ -18,8 +18,13 @@ FORMS = (
     "type, several images in form fields of distinct names, or one ZIP of images"
 )
 ZIP_TYPES = {"application/zip", "application/x-zip-compressed", "application/x-zip"}
+# Text fields that are settings and no tiles.
+PREDICT_SETTINGS = ("embedding",)
+EXPLAIN_SETTINGS = ("class", "method", "stage")
 # A client that knows no better sends bytes as this, or states nothing.
 UNSPECIFIC_TYPES = {"", "application/octet-stream", "binary/octet-stream"}
+
+_SWITCH = {"0": False, "1": True, "false": False, "true": True}
 
 
 @dataclass(frozen=True)
@@ -42,18 +47,34 @@ class TileRequest:
     Args:
         tiles: In request order.
         single: Answered with one object, not with a list.
+        settings: What was asked for beside the tiles, by name.
     """
 
     tiles: tuple[Tile, ...]
     single: bool
+    settings: Mapping[str, str] = field(default_factory=dict)
+
+    def switch(self, name: str) -> bool:
+        """Return a setting that is on or off, and off where it was not sent.
+
+        Raises:
+            RequestError: It is neither.
+        """
+        stated = self.settings.get(name, "0").lower()
+        if stated not in _SWITCH:
+            raise RequestError(f"{name}={stated[:80]!r}", "0 or 1", "send one of these")
+        return _SWITCH[stated]
 
 
-def read_request(parts: Sequence[Part], content_type: str = "") -> TileRequest:
+def read_request(
+    parts: Sequence[Part], content_type: str = "", known: Collection[str] = ()
+) -> TileRequest:
     """Read the tiles of a request.
 
     Args:
         parts: All parts in request order, repeated names included.
         content_type: Of the request as a whole.
+        known: Names of text fields that are settings and not tiles.
 
     Raises:
         RequestError: There is no image, or a field name is repeated; a ZIP is empty or encrypted.
@@ -71,6 +92,8 @@ def read_request(parts: Sequence[Part], content_type: str = "") -> TileRequest:
             "image/png'), or use a form field (curl -F image=@cell.png)",
         )
     _refuse_repeats(parts)
+    settings = {part.name: _text(part) for part in parts if _is_setting(part, known)}
+    parts = [part for part in parts if part.name not in settings]
     if not any(size_of(part) for part in parts):
         raise RequestError(
             "the request carries no image",
@@ -82,12 +105,12 @@ def read_request(parts: Sequence[Part], content_type: str = "") -> TileRequest:
         if isinstance(tile.content, MambamicError):
             raise tile.content
         if not _is_zip(parts[0], tile.content):
-            return TileRequest((tile,), single=True)
+            return TileRequest((tile,), True, settings)
         tiles = tuple(Tile(name, data) for name, data in read_zip(tile.content))
     else:
         tiles = tuple(_tile_among_others(part) for part in parts)
     _check_limits(tiles)
-    return TileRequest(tiles, single=False)
+    return TileRequest(tiles, False, settings)
 
 
 def size_of(part: Part) -> int:
@@ -95,6 +118,18 @@ def size_of(part: Part) -> int:
     value = part.value
     # A worker that decodes hands over text and JSON as objects; they are told by their type.
     return len(value) if isinstance(value, bytes | bytearray | str) else 1
+
+
+def _is_setting(part: Part, known: Collection[str]) -> bool:
+    # A file of that name states the type of an image, or an unspecific one.
+    return part.name in known and _media_type(part) in ("", "text/plain")
+
+
+def _text(part: Part) -> str:
+    value = part.value
+    if isinstance(value, bytes | bytearray):
+        value = value.decode("utf-8", "replace")
+    return str(value).strip()
 
 
 def _media_type(part: Part) -> str:

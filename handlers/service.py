@@ -25,15 +25,19 @@ from mambamic.errors import (
     CheckpointError,
     InferenceError,
     MambamicError,
-    OverloadedError,
-    RequestError,
     UnavailableError,
     UsageError,
 )
 from mambamic.handlers.gate import Gate
 from mambamic.handlers.parts import keep_parts
-from mambamic.handlers.requests import TileRequest, read_request, size_of
-from mambamic.handlers.responses import Answer, error_answer, list_answer
+from mambamic.handlers.requests import (
+    EXPLAIN_SETTINGS,
+    PREDICT_SETTINGS,
+    TileRequest,
+    read_request,
+    size_of,
+)
+from mambamic.handlers.responses import Answer, error_answer, failure, list_answer, overloaded
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -41,7 +45,7 @@ if TYPE_CHECKING:
     from mambamic.classifier import Classifier
     from mambamic.preprocess import Pixels
 
-    Probabilities = NDArray[np.float32]
+    Row = tuple[NDArray[np.float32], NDArray[np.float32]]  # probabilities, embedding
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +72,7 @@ class ImageClassifier:
             CheckpointError: The archive was written by an incompatible version, or is damaged.
         """
         from mambamic.classifier import Classifier
+        from mambamic.handlers.explanations import Explainer
 
         options = _options(context.model_yaml_config)
         keep_parts()
@@ -84,6 +89,7 @@ class ImageClassifier:
         # time to end: TorchServe kills a worker that is late, and the whole batch fails with it.
         timeout = context.model_yaml_config.get("responseTimeout", DEFAULT_RESPONSE_TIMEOUT)
         self._patience = float(timeout) / 2
+        self._explainer = Explainer(self._classifier, self._name, self._version)
         self._gate = Gate.from_environment()
         self._pool = DecodePool(self._classifier.preprocess, processes=options["decoders"])
         self._ahead = ThreadPoolExecutor(1, "decode-ahead")
@@ -100,7 +106,8 @@ class ImageClassifier:
             context: TorchServe's, with a processor per request.
 
         Returns:
-            One JSON text per request; the status is set on the context, per request.
+            One JSON text, or picture, per request; its type and the status are set on the context,
+            per request.
         """
         processors = context.request_processor
         assert len(processors) == len(data)
@@ -108,10 +115,10 @@ class ImageClassifier:
             answers = self._answer(processors, stopping)
         bodies = []
         for index, answer in enumerate(answers):
-            context.set_response_content_type(index, "application/json")
+            context.set_response_content_type(index, answer.content_type)
             if answer.status != 200:
                 context.set_response_status(answer.status, answer.phrase, index)
-            bodies.append(json.dumps(answer.body, ensure_ascii=False).encode())
+            bodies.append(answer.encoded())
         return bodies
 
     def close(self) -> None:
@@ -126,7 +133,8 @@ class ImageClassifier:
         answers: dict[int, Answer] = {}
         group: dict[int, TileRequest] = {}
         # The lightest first: so most of them are answered, and single images together.
-        for index in sorted(range(len(processors)), key=lambda index: _weight(processors[index])):
+        order = sorted(range(len(processors)), key=lambda index: _weight(processors[index]))
+        for index in (index for index in order if not _explains(processors[index])):
             in_time = time.monotonic() <= last_begin
             read = self._read(processors[index], stopping) if in_time else _overloaded()
             if isinstance(read, Answer):
@@ -139,6 +147,15 @@ class ImageClassifier:
                 answers |= self._answer_group(group)
                 group.clear()
         answers |= self._answer_group(group)
+        for index in (index for index in order if _explains(processors[index])):
+            read = self._read(processors[index], stopping)
+            accept = processors[index].headers.get("accept", "")
+            answers[index] = (
+                read
+                if isinstance(read, Answer)
+                else self._explainer.answer(read, accept, last_begin)
+            )
+            del read
         return [answers[index] for index in range(len(processors))]
 
     def _answer_group(self, group: Mapping[int, TileRequest]) -> dict[int, Answer]:
@@ -152,8 +169,11 @@ class ImageClassifier:
         results = iter(self._classify(blobs))
         answers = {}
         for index, request in group.items():
+            embed = request.switch("embedding")
             outcomes = [
-                self._prediction(next(results)) if isinstance(tile.content, bytes) else tile.content
+                self._prediction(next(results), embed=embed)
+                if isinstance(tile.content, bytes)
+                else tile.content
                 for tile in request.tiles
             ]
             if not request.single:
@@ -175,33 +195,33 @@ class ImageClassifier:
             # predictions the frontend marks with "explain", true or false.
             if headers.get("describe") == "True" and "explain" not in headers:
                 return Answer(self._describe())
-            if headers.get("explain") == "True":
-                raise RequestError(
-                    "an explanation was asked for",
-                    "a prediction; this archive offers no explanations",
-                    f"send the request to /predictions/{self._name}",
-                )
-            return read_request(processor.parts, headers.get("content-type", ""))
+            known = EXPLAIN_SETTINGS if _explains(processor) else PREDICT_SETTINGS
+            request = read_request(processor.parts, headers.get("content-type", ""), known)
+            request.switch("embedding")  # refused here, if at all
+            return request
         except MambamicError as error:
             return error_answer(error)
         except Exception as error:
             # Its message may quote the request, which has no place in a log.
             frames = "".join(traceback.format_tb(error.__traceback__))
             logger.error("a request could not be read: %s\n%s", type(error).__name__, frames)
-            return error_answer(_failure(error))
+            return error_answer(failure(error))
 
     def _describe(self) -> dict[str, Any]:
         return {"model": self._name, "version": self._version, **self._classifier.describe()}
 
-    def _prediction(self, outcome: Probabilities | MambamicError) -> dict[str, Any] | MambamicError:
+    def _prediction(
+        self, outcome: Row | MambamicError, *, embed: bool
+    ) -> dict[str, Any] | MambamicError:
         if isinstance(outcome, MambamicError):
             return outcome
-        (prediction,) = self._classifier.predictions(outcome[np.newaxis])
+        rows = (values[np.newaxis] for values in outcome)
+        (prediction,) = self._classifier.predictions(*rows, embed=embed)
         return {**prediction.as_json(), "model": self._name, "version": self._version}
 
-    def _classify(self, blobs: Sequence[bytes]) -> list[Probabilities | MambamicError]:
+    def _classify(self, blobs: Sequence[bytes]) -> list[Row | MambamicError]:
         parts = [blobs[start : start + PART_SIZE] for start in range(0, len(blobs), PART_SIZE)]
-        results: list[Probabilities | MambamicError] = []
+        results: list[Row | MambamicError] = []
         coming = self._ahead.submit(self._decode, parts[0]) if len(parts) > 1 else None
         for number, part in enumerate(parts):
             decoded = self._decode(part) if coming is None else coming.result()
@@ -215,7 +235,7 @@ class ImageClassifier:
             decoded = self._pool.map(blobs)
         except Exception as error:
             logger.exception("decoding failed")
-            return [_failure(error)] * len(blobs)
+            return [failure(error)] * len(blobs)
         for item in decoded:
             if isinstance(item, MambamicError):
                 # The frames of its traceback hold the image's bytes.
@@ -224,18 +244,18 @@ class ImageClassifier:
 
     def _classify_part(
         self, decoded: Sequence[Pixels | MambamicError]
-    ) -> list[Probabilities | MambamicError]:
+    ) -> list[Row | MambamicError]:
         good = [pixels for pixels in decoded if not isinstance(pixels, MambamicError)]
         results = iter(self._probabilities(np.stack(good)) if good else ())
         return [item if isinstance(item, MambamicError) else next(results) for item in decoded]
 
-    def _probabilities(self, pixels: Pixels) -> list[Probabilities | MambamicError]:
+    def _probabilities(self, pixels: Pixels) -> list[Row | MambamicError]:
         """Classify; after a failure, such as memory that ran out, each half once more."""
         whole = self._attempt(pixels)
         if whole is not None:
             return whole
         _release_memory()
-        results: list[Probabilities | MambamicError] = []
+        results: list[Row | MambamicError] = []
         for half in np.array_split(pixels, min(2, len(pixels))):
             again = self._attempt(half)
             failure = InferenceError(
@@ -246,13 +266,13 @@ class ImageClassifier:
             results += [failure] * len(half) if again is None else again
         return results
 
-    def _attempt(self, pixels: Pixels) -> list[Probabilities | MambamicError] | None:
+    def _attempt(self, pixels: Pixels) -> list[Row | MambamicError] | None:
         try:
-            rows = self._classifier.probabilities(pixels)
+            rows = zip(*self._classifier.outputs(pixels), strict=True)
         except Exception:
             logger.exception("the model failed on a batch of %d", len(pixels))
             return None
-        return [row if np.isfinite(row).all() else _not_finite() for row in rows]
+        return [row if np.isfinite(row[0]).all() else _not_finite() for row in rows]
 
 
 def _options(config: dict[str, Any] | None) -> dict[str, Any]:
@@ -311,13 +331,13 @@ def _is_full(group: Iterable[TileRequest]) -> bool:
     return len(contents) >= PART_SIZE or size >= GROUP_BYTES
 
 
+def _explains(processor: Any) -> bool:
+    """Tell whether a request came by the way of explanations: the frontend states it."""
+    return bool(processor.headers.get("explain") == "True")
+
+
 def _overloaded() -> Answer:
-    error = OverloadedError(
-        "the server is busy with larger requests that came together with this one",
-        "time to answer it",
-        "send it again later, or send fewer tiles at once",
-    )
-    return error_answer(error)
+    return error_answer(overloaded())
 
 
 def _release_memory() -> None:
@@ -325,14 +345,6 @@ def _release_memory() -> None:
 
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-def _failure(error: Exception) -> InferenceError:
-    return InferenceError(
-        f"the server failed on this request ({type(error).__name__})",
-        "an answer",
-        "send it again; if it fails once more, see the server's log",
-    )
 
 
 def _not_finite() -> InferenceError:

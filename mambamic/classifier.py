@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,19 +18,22 @@ from torch import Tensor
 from mambamic import kernels
 from mambamic._version import __version__
 from mambamic.checkpoint import Checkpoint, load_checkpoint
-from mambamic.config import Config
 from mambamic.errors import BackendError, ShapeError, UsageError
 from mambamic.graph.cpu import CpuGraph
+from mambamic.graph.fold import inverse
 from mambamic.graph.gpu import GpuGraph
+from mambamic.graph.plain import forward
 from mambamic.graph.replay import Replay
 from mambamic.images import to_rgb
 from mambamic.kernels import cpu
 from mambamic.models import create_model, load_exactly, set_scan_backend
 from mambamic.models.mambamic import MambaMIC
 from mambamic.models.medmamba import MedMamba
+from mambamic.ood import load_detector
 from mambamic.preprocess import Pixels
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_Network = Callable[[Tensor], tuple[Tensor, Tensor]]
 _MAX_BATCH = {"cpu": 32, "cuda": 256}
 _WARM_UP = (1, 2, 4, 8, 16, 32)  # the batches of a server; larger ones are bulk work and can wait
 
@@ -42,19 +46,35 @@ class Prediction:
         label: The most probable class.
         probability: Of that class.
         probabilities: Of every class, in the checkpoint's order.
+        embedding: What the network's head saw, (C,), where it was asked for.
+        ood_score: How far from the images that the model knows, where the checkpoint has a
+            detector; images of their kind are mostly below 1.
     """
 
     label: str
     probability: float
     probabilities: dict[str, float]
+    embedding: tuple[float, ...] | None = None
+    ood_score: float | None = None
+
+    @property
+    def in_distribution(self) -> bool | None:
+        """Whether the image is of the kind that the model knows, None where nobody can tell."""
+        return None if self.ood_score is None else self.ood_score <= 1
 
     def as_json(self) -> dict[str, Any]:
         """Return it as an object that JSON can hold, with six significant digits."""
-        return {
+        fields: dict[str, Any] = {
             "label": self.label,
             "probability": _six_digits(self.probability),
             "probabilities": {name: _six_digits(p) for name, p in self.probabilities.items()},
         }
+        if self.ood_score is not None:
+            fields["in_distribution"] = self.in_distribution
+            fields["ood_score"] = _six_digits(self.ood_score)
+        if self.embedding is not None:
+            fields["embedding"] = [_six_digits(value) for value in self.embedding]
+        return fields
 
 
 class Classifier:
@@ -62,13 +82,18 @@ class Classifier:
 
     def __init__(
         self,
-        config: Config,
+        checkpoint: Checkpoint,
         model: MambaMIC | MedMamba,
         device: torch.device,
         backend: str,
         dtype: torch.dtype,
         max_batch: int,
     ) -> None:
+        config = checkpoint.config
+        self._checkpoint = checkpoint
+        self._detector = load_detector(checkpoint)
+        self._plain: MambaMIC | MedMamba | None = None
+        self._plain_lock = threading.Lock()
         self.config = config
         self.preprocess = config.preprocess
         self.device = device
@@ -83,27 +108,33 @@ class Classifier:
         self._replay: Replay | None = None
         if self.fused and device.type == "cuda":
             image = (config.input_size, config.input_size, 3)
-            self._replay = Replay(
-                self._probabilities, image, len(config.classes), device, max_batch
-            )
+            outputs = len(config.classes) + len(self._channels)
+            self._replay = Replay(self._outputs, image, outputs, device, max_batch)
 
-    def _build(self, model: MambaMIC | MedMamba) -> Callable[[Tensor], Tensor]:
-        """Return the network as a function of (B, H, W, 3) uint8 to logits, on the device."""
+    def _build(self, model: MambaMIC | MedMamba) -> _Network:
+        """Return the network as a function of (B, H, W, 3) uint8, on the device.
+
+        It gives logits and features; where the network's channels lie in these is noted.
+        """
         if self.fused and self.device.type == "cuda":
-            return GpuGraph(model, self.device, self.dtype, self._scale, self._shift)
+            on_gpu = GpuGraph(model, self.device, self.dtype, self._scale, self._shift)
+            self._channels = inverse(on_gpu.out_order)
+            return on_gpu.outputs
         if self.fused:
             graph = CpuGraph(model, self.dtype)
-            return lambda pixels: graph(pixels, self._scale, self._shift)
-        plain = model.to(self.device)
+            self._channels = inverse(graph.out_order)
+            return lambda pixels: graph.outputs(pixels, self._scale, self._shift)
+        self._channels = list(range(model.head.in_features))
+        plain = self._plain = model.to(self.device)
         scale, shift = (
             values.to(self.device).view(3, 1, 1) for values in (self._scale, self._shift)
         )
 
-        def network(pixels: Tensor) -> Tensor:
+        def network(pixels: Tensor) -> tuple[Tensor, Tensor]:
             half = self.dtype != torch.float32
             with torch.autocast(self.device.type, dtype=self.dtype, enabled=half):
-                logits: Tensor = plain(pixels.permute(0, 3, 1, 2) * scale + shift)
-            return logits.float()
+                run = forward(plain, pixels.permute(0, 3, 1, 2) * scale + shift)
+            return run.logits.float(), run.features.float()
 
         return network
 
@@ -135,15 +166,11 @@ class Classifier:
         opened = checkpoint if isinstance(checkpoint, Checkpoint) else load_checkpoint(checkpoint)
         place = find_device(device)
         chosen = kernels.resolve(backend, place)
-        config = opened.config
-        model = create_model(config.architecture, len(config.classes))
-        load_exactly(model, opened.state_dict(), what=f"the weights in {opened.path} do not fit")
-        set_scan_backend(model, chosen)
+        model = _read_model(opened, chosen)
         limit = _MAX_BATCH[place.type] if max_batch is None else max_batch
         if limit < 1:
             raise UsageError(f"max_batch {limit}", "at least 1", "give a larger one")
-        model = model.eval().requires_grad_(False)
-        return cls(config, model, place, chosen, _find_dtype(dtype, place), limit)
+        return cls(opened, model, place, chosen, _find_dtype(dtype, place), limit)
 
     def predict(self, images: Sequence[Image.Image | Pixels]) -> list[Prediction]:
         """Classify images.
@@ -162,7 +189,7 @@ class Classifier:
         pixels = [
             self.preprocess.pixels(_as_image(image, place)) for place, image in enumerate(images)
         ]
-        return self.predictions(self.probabilities(np.stack(pixels))) if pixels else []
+        return self.predictions(*self.outputs(np.stack(pixels))) if pixels else []
 
     def probabilities(self, pixels: Pixels) -> NDArray[np.float32]:
         """Classify images that are already of the model's size.
@@ -176,6 +203,31 @@ class Classifier:
         Raises:
             ShapeError: An array of another shape or type.
         """
+        return self.outputs(pixels)[0]
+
+    def embeddings(self, pixels: Pixels) -> NDArray[np.float32]:
+        """Return what the network's head sees: the mean of the last feature map.
+
+        Args:
+            pixels: As for ``probabilities``.
+
+        Returns:
+            (B, C), C the width of the last stage, in the network's own order of channels.
+
+        Raises:
+            ShapeError: An array of another shape or type.
+        """
+        return self.outputs(pixels)[1]
+
+    def outputs(self, pixels: Pixels) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Return ``probabilities`` and ``embeddings`` of images, computed together.
+
+        Args:
+            pixels: As for ``probabilities``.
+
+        Raises:
+            ShapeError: An array of another shape or type.
+        """
         size = self.config.input_size
         if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[1:] != (size, size, 3):
             raise ShapeError(
@@ -183,29 +235,46 @@ class Classifier:
                 f"(B, {size}, {size}, 3) and uint8",
                 "use Classifier.predict, or bring them to this form with Preprocess.pixels",
             )
+        classes = len(self.config.classes)
         if self._replay is not None:
-            return self._replay(pixels)
-        result = np.empty((len(pixels), len(self.config.classes)), np.float32)
+            result = self._replay(pixels)
+        else:
+            result = self._in_batches(pixels, classes + len(self._channels))
+        # Copies: a view would keep both in memory.
+        return result[:, :classes].copy(), result[:, classes:][:, self._channels]
+
+    def _in_batches(self, pixels: Pixels, outputs: int) -> NDArray[np.float32]:
+        result = np.empty((len(pixels), outputs), np.float32)
         for start in range(0, len(pixels), self.max_batch):
             part = slice(start, start + self.max_batch)
             # A copy where the array is read-only or strided: torch takes neither.
             batch = torch.from_numpy(np.require(pixels[part], requirements=["C", "W"]))
-            result[part] = self._probabilities(batch.to(self.device)).cpu().numpy()
+            result[part] = self._outputs(batch.to(self.device)).cpu().numpy()
         return result
 
-    def predictions(self, probabilities: NDArray[np.float32]) -> list[Prediction]:
-        """Name the classes that rows of probabilities stand for.
+    def predictions(
+        self,
+        probabilities: NDArray[np.float32],
+        embeddings: NDArray[np.float32],
+        *,
+        embed: bool = False,
+    ) -> list[Prediction]:
+        """Say what rows of ``outputs`` stand for.
 
         Args:
             probabilities: (B, classes).
+            embeddings: (B, C).
+            embed: Whether the embeddings are to go with the predictions.
         """
         classes = self.config.classes
+        scores = None if self._detector is None else self._detector.scores(embeddings).tolist()
         predictions = []
-        for row in probabilities.tolist():
+        for place, row in enumerate(probabilities.tolist()):
             best = max(range(len(classes)), key=row.__getitem__)
-            predictions.append(
-                Prediction(classes[best], row[best], dict(zip(classes, row, strict=True)))
-            )
+            named = dict(zip(classes, row, strict=True))
+            embedding = tuple(embeddings[place].tolist()) if embed else None
+            score = None if scores is None else scores[place]
+            predictions.append(Prediction(classes[best], row[best], named, embedding, score))
         return predictions
 
     def warm_up(self) -> None:
@@ -218,6 +287,20 @@ class Classifier:
         for batch in batches:
             if batch <= max(1, self.max_batch):
                 self.probabilities(np.zeros((batch, size, size, 3), np.uint8))
+
+    def plain_module(self) -> MambaMIC | MedMamba:
+        """Return the network as torch runs it, in float32 on the device, for gradients.
+
+        It is read from the checkpoint at the first call, and the same for all threads: its
+        weights are not to be changed.
+
+        Raises:
+            CheckpointError: The checkpoint has been damaged or exchanged since it was loaded.
+        """
+        with self._plain_lock, torch.inference_mode(False):
+            if self._plain is None:
+                self._plain = _read_model(self._checkpoint, self.backend).to(self.device)
+            return self._plain
 
     def describe(self) -> dict[str, Any]:
         """Return what is in use, as an object that JSON can hold."""
@@ -240,10 +323,22 @@ class Classifier:
         }
 
     @torch.inference_mode()
-    def _probabilities(self, batch: Tensor) -> Tensor:
-        """Run the network: (B, H, W, 3) uint8 to (B, classes) float32, both on the device."""
-        logits = self._network(batch) / (self.config.temperature or 1.0)
-        return logits.softmax(1) if self.config.head == "softmax" else logits.sigmoid()
+    def _outputs(self, batch: Tensor) -> Tensor:
+        """Run the network: (B, H, W, 3) uint8 to (B, classes + C) float32, on the device."""
+        logits, features = self._network(batch)
+        logits = logits / (self.config.temperature or 1.0)
+        chances = logits.softmax(1) if self.config.head == "softmax" else logits.sigmoid()
+        return torch.cat([chances, features], dim=1)
+
+
+def _read_model(checkpoint: Checkpoint, backend: str) -> MambaMIC | MedMamba:
+    """Build the plain network of a checkpoint, on the CPU and in evaluation mode."""
+    config = checkpoint.config
+    model = create_model(config.architecture, len(config.classes))
+    what = f"the weights in {checkpoint.path} do not fit"
+    load_exactly(model, checkpoint.state_dict(), what=what)
+    set_scan_backend(model, backend)
+    return model.eval().requires_grad_(False)
 
 
 def _has_cpu_graph(dtype: torch.dtype) -> bool:

@@ -57,10 +57,18 @@ class Preprocess:
         """
         size = (self.input_size, self.input_size)
         rgb = image if image.mode == "RGB" else image.convert("RGB")
-        box = self._centre(rgb.size) if self.resize == "shorter_side" else (0, 0, *rgb.size)
+        box = self.box(rgb.size)
         if box != (0, 0, *size):
             rgb = rgb.resize(size, INTERPOLATIONS[self.interpolation], box=box)
         return np.asarray(rgb)
+
+    def box(self, size: tuple[int, int]) -> tuple[float, float, float, float]:
+        """Return the part of an image that the model sees: left, top, right, bottom.
+
+        Args:
+            size: Width and height in pixels.
+        """
+        return self._centre(size) if self.resize == "shorter_side" else (0, 0, *size)
 
     def normalise(self, batch: Pixels) -> NDArray[np.float32]:
         """Scale pixels to the range the model was trained on.

@@ -21,6 +21,8 @@ from mambamic.config import Config
 from mambamic.errors import BackendError, CheckpointError, ShapeError, UsageError
 from mambamic.images import decode
 
+from .random_checkpoint import write_random_checkpoint
+
 RNG = np.random.default_rng(11)
 # Blobs of colour: with noise alone every image would look alike to the network.
 TILES = np.stack(
@@ -309,3 +311,46 @@ def test_weights_of_another_model(tmp_path: Path) -> None:
     save_checkpoint(tmp_path / "x", config, model.state_dict(), "")
     with pytest.raises(CheckpointError, match=r"do not fit: key 'head\.bias' has shape \(3,\)"):
         Classifier.load(tmp_path / "x", device="cpu")
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_embeddings_are_what_the_head_sees(
+    backend: str, classifier: Classifier, random_checkpoint: Path
+) -> None:
+    tiles = TILES if backend == "auto" else TILES[:1]
+    other = Classifier.load(random_checkpoint, device="cpu", backend=backend)
+    embeddings = other.embeddings(tiles)
+    head = classifier.plain_module().head
+    assert embeddings.dtype == np.float32
+    assert embeddings.shape == (len(tiles), head.in_features)
+    # The head reads every channel by its place, so that this holds in one order alone.
+    chances = head(torch.from_numpy(embeddings)).softmax(1).numpy()
+    np.testing.assert_allclose(chances, classifier.probabilities(tiles), atol=1e-5)
+    both = other.outputs(tiles)
+    np.testing.assert_allclose(both[1], embeddings, atol=1e-5)
+    assert embeddings.std() > 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["auto", "float32"])
+def test_gpu_embeddings_agree(dtype: str, classifier: Classifier, random_checkpoint: Path) -> None:
+    other = Classifier.load(random_checkpoint, device="cuda", dtype=dtype)
+    expected = classifier.embeddings(TILES)
+    difference = np.abs(other.embeddings(TILES) - expected).max()
+    assert difference < {"auto": 2e-2, "float32": 1e-4}[dtype] * np.abs(expected).max()
+
+
+def test_the_plain_module_is_the_network(classifier: Classifier) -> None:
+    x = torch.from_numpy(classifier.preprocess.normalise(TILES[:2]))
+    chances = classifier.plain_module()(x).softmax(1).numpy()
+    np.testing.assert_allclose(chances, classifier.probabilities(TILES[:2]), atol=1e-5)
+    assert classifier.plain_module() is classifier.plain_module()
+
+
+def test_the_plain_module_of_a_changed_checkpoint_is_refused(tmp_path: Path) -> None:
+    folder = write_random_checkpoint(tmp_path / "random")
+    classifier = Classifier.load(folder, device="cpu")
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    with pytest.raises(CheckpointError, match="SHA-256"):
+        classifier.plain_module()

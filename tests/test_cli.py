@@ -260,3 +260,14 @@ def test_sample_is_what_its_script_draws(root: Path, monkeypatch: pytest.MonkeyP
     # Another version of Pillow may round another way.
     assert difference.mean() < 1
     assert (root / "examples/cell.png").stat().st_size < 120_000
+
+
+def test_predict_with_embeddings(
+    random_checkpoint: Path, cell: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["predict", str(random_checkpoint), cell, "--embedding"]) == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    classifier = Classifier.load(random_checkpoint, device="cpu")
+    pixels = classifier.preprocess.pixels(decode(Path(cell).read_bytes()))
+    (expected,) = classifier.embeddings(pixels[np.newaxis])
+    np.testing.assert_allclose(json.loads(line)["embedding"], expected, rtol=1e-3, atol=1e-5)

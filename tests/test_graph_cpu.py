@@ -19,7 +19,8 @@ from mambamic.graph import cpu as graph_cpu
 from mambamic.graph.cpu import CpuGraph
 from mambamic.graph.cpu_layers import Layout, Matrix, edge_biases
 from mambamic.graph.cpu_steps import Step
-from mambamic.graph.fold import ConvWeights
+from mambamic.graph.fold import ConvWeights, inverse
+from mambamic.graph.plain import forward
 from mambamic.kernels import cpu
 from mambamic.models.mambamic import MambaMIC
 from mambamic.models.medmamba import MedMamba
@@ -279,3 +280,15 @@ def test_bfloat16_weights_are_packed_in_pairs() -> None:
     assert torch.equal(unpacked[:21, :45], weight.bfloat16())
     assert not unpacked[21:].any()
     assert not unpacked[:, 45:].any()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_features_are_what_the_head_sees(family: str) -> None:
+    pixels = torch.randint(0, 256, (5, 64, 64, 3), generator=torch.Generator().manual_seed(1))
+    scale, shift = torch.full((3,), 0.016), torch.full((3,), -2.0)
+    logits, features = graph(family).outputs(pixels.byte(), scale, shift)
+    assert torch.equal(logits, graph(family)(pixels.byte(), scale, shift))
+    with torch.inference_mode():
+        x = pixels.permute(0, 3, 1, 2) * scale.view(3, 1, 1) + shift.view(3, 1, 1)
+        expected = forward(model(family), x).features
+    assert error(features[:, inverse(graph(family).out_order)], expected) < TOLERANCE

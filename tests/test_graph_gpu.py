@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from mambamic.errors import ShapeError
+from mambamic.graph.fold import inverse
 from mambamic.graph.gpu import GpuGraph
+from mambamic.graph.plain import forward
 from mambamic.models import VARIANTS, create_model
 from mambamic.models.mambamic import MambaMIC
 from mambamic.models.medmamba import MedMamba
@@ -80,3 +82,18 @@ def test_is_deterministic(name: str) -> None:
     for _ in range(3):
         torch.full((64 * 1024 * 1024,), float("nan"), device=DEVICE)  # poison what is reused
         assert torch.equal(graph(pixels), first)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_features_are_what_the_head_sees(name: str) -> None:
+    torch.manual_seed(0)
+    model = create_model(name, 5).eval().to(DEVICE)
+    graph = GpuGraph(model, DEVICE, torch.float32, SCALE, SHIFT)
+    pixels = torch.randint(0, 256, (3, 64, 64, 3), device=DEVICE).byte()
+    logits, features = graph.outputs(pixels)
+    assert torch.equal(logits, graph(pixels))
+    assert features.dtype == torch.float32
+    with torch.inference_mode():
+        x = pixels.permute(0, 3, 1, 2) * SCALE.to(DEVICE).view(3, 1, 1)
+        expected = forward(model, x + SHIFT.to(DEVICE).view(3, 1, 1)).features
+    assert torch.allclose(features[:, inverse(graph.out_order)], expected, atol=1e-4)

@@ -125,3 +125,27 @@ def test_too_many_pixels_in_all_are_counted_from_headers() -> None:
 def test_a_damaged_tile_does_not_stop_the_count() -> None:
     parts = [Part("bad", "image/png", b"not an image"), Part("good", "image/png", png())]
     assert [tile.name for tile in read_request(parts).tiles] == ["bad", "good"]
+
+
+def test_settings_are_taken_out_of_the_parts() -> None:
+    parts = [Part("embedding", "", b" TRUE "), Part("image", "image/png", png())]
+    request = read_request(parts, "", ("embedding",))
+    assert request.single
+    assert request.settings == {"embedding": "TRUE"}
+    assert request.switch("embedding")
+    assert not request.switch("other")
+    assert [tile.name for tile in request.tiles] == ["image"]
+
+
+def test_an_unknown_name_is_a_tile_and_a_file_is_no_setting() -> None:
+    parts = [Part("embedding", "image/png", png()), Part("class", "", png())]
+    request = read_request(parts, "", ("embedding",))
+    assert [tile.name for tile in request.tiles] == ["embedding", "class"]
+    assert request.settings == {}
+
+
+def test_a_setting_alone_is_no_image() -> None:
+    with pytest.raises(RequestError, match="no image"):
+        read_request([Part("embedding", "", b"1")], "", ("embedding",))
+    with pytest.raises(RequestError, match="more than once"):
+        read_request([Part("embedding", "", b"1")] * 2, "", ("embedding",))

@@ -11,7 +11,7 @@ from mambamic.errors import (
     MediaTypeError,
     TooLargeError,
 )
-from mambamic.handlers.responses import error_answer, list_answer
+from mambamic.handlers.responses import Answer, error_answer, list_answer
 
 GOOD: dict[str, Any] = {"label": "neutrophil"}
 BROKEN = DecodeError("broken", "an image", "send one")
@@ -51,3 +51,13 @@ def test_a_list_fails_only_if_every_tile_did(
     assert ["error" in entry for entry in answer.body] == [
         isinstance(result, MambamicError) for result in results
     ]
+
+
+def test_a_picture_is_sent_as_it_is() -> None:
+    picture = Answer(b"\x89PNG")
+    assert (picture.content_type, picture.encoded()) == ("image/png", b"\x89PNG")
+    told = Answer({"label": "\u00b5"})
+    assert (told.content_type, told.encoded()) == (
+        "application/json",
+        '{"label": "\u00b5"}'.encode(),
+    )

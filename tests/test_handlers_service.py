@@ -187,24 +187,15 @@ def test_what_came_by_the_port_of_predictions_is_not_answered_with_versions(
     assert "label" in image[1]
 
 
-def test_an_explanation_is_not_answered_with_a_prediction(worker: Worker) -> None:
-    ((status, body),) = worker.answer(
-        as_sent([("image", "image/png", png(1))], {"explain": "True"})
-    )
-    assert status == 400
-    assert "/predictions/cells" in body["error"]["message"]
-
-
 @contextmanager
 def before_the_network(worker: Worker, work: Callable[[torch.Tensor], None]) -> Iterator[None]:
     """Call something with each batch of pixels that goes into the network."""
     classifier = worker.handler._classifier
     network = classifier._network
 
-    def both(pixels: torch.Tensor) -> torch.Tensor:
+    def both(pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         work(pixels)
-        logits: torch.Tensor = network(pixels)
-        return logits
+        return network(pixels)
 
     classifier._network = both
     try:
@@ -242,10 +233,10 @@ def test_probabilities_that_are_no_numbers_are_an_error(
     classifier = worker.handler._classifier
     network = classifier._network
 
-    def spoil(pixels: torch.Tensor) -> torch.Tensor:
-        logits: torch.Tensor = network(pixels)
+    def spoil(pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        logits, features = network(pixels)
         logits[0] = torch.nan
-        return logits
+        return logits, features
 
     monkeypatch.setattr(classifier, "_network", spoil)
     answers = worker.answer(*[as_sent([("image", "image/png", png(1))])] * 2)
@@ -387,3 +378,23 @@ def _initialize(model_dir: Path, section: object) -> None:
         "cells", str(model_dir), {"model": {}}, 1, None, "0", model_yaml_config=config
     )
     ImageClassifier().initialize(context)
+
+
+def test_an_embedding_comes_where_it_is_asked_for(worker: Worker) -> None:
+    image = ("image", "image/png", png(1))
+    answers = worker.answer(
+        as_sent([image, ("embedding", "", b"1")]),
+        as_sent([("embedding", "text/plain", b"true"), image]),
+        as_sent([image, ("embedding", "", b"0")]),
+        as_sent([image, ("embedding", "", b"perhaps")]),
+        as_sent([("a", "", png(1)), ("b", "", b"junk"), ("embedding", "", b"1")]),
+    )
+    assert [status for status, _ in answers] == [200, 200, 200, 400, 200]
+    pixels = worker.handler._classifier.preprocess.pixels(Image.open(io.BytesIO(png(1))))
+    (expected,) = worker.handler._classifier.embeddings(pixels[np.newaxis])
+    tile, failed = answers[4][1]
+    for body in (answers[0][1], answers[1][1], tile):
+        np.testing.assert_allclose(body["embedding"], expected, rtol=1e-3, atol=1e-4)
+    assert "embedding" not in answers[2][1]
+    assert "0 or 1" in answers[3][1]["error"]["message"]
+    assert failed["error"]["code"] == "decode_failed"

@@ -14,10 +14,16 @@ from mambamic.errors import MambamicError, UsageError
 
 COMMANDS = {
     "train": "train a model on a folder of images",
+    "data": "check a data set, or take its mean and standard deviation",
+    "info": "count what a model has and does",
+    "evaluate": "measure how good a checkpoint is",
     "predict": "classify images",
+    "ood": "teach a checkpoint to tell images of its kind from others",
+    "explain": "show where in an image a prediction comes from",
     "import": "turn a checkpoint of the published research code into one of ours",
     "archive": "pack a checkpoint into a TorchServe archive",
     "serve": "start, and stop, a server",
+    "benchmark": "measure how fast this machine is",
     "doctor": "show what this machine has and what would be used",
 }
 
@@ -41,6 +47,9 @@ _EXTRAS = {
     "yaml": "serve",
     "kornia": "train",
     "pytorch_lightning": "train",
+    "torchmetrics": "train",
+    "matplotlib": "train",
+    "jinja2": "train",
 }
 
 
@@ -63,7 +72,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="mambamic", description="Microscopy image classification with state-space models."
     )
-    parser.add_argument("--version", action="version", version=f"mambamic {__version__}")
+    parser.add_argument("-V", "--version", action="version", version=f"mambamic {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, summary in COMMANDS.items():
         sub = commands.add_parser(

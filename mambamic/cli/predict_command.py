@@ -23,6 +23,7 @@ Classify images. A file that cannot be read is reported, and the others are clas
 example:
   mambamic predict model_store/mambamic_t_pbc examples/cell.png
   mambamic predict model_store/mambamic_t_pbc cells/*.png --json > predictions.jsonl
+  mambamic predict model_store/mambamic_t_pbc cells/*.png --embedding > embeddings.jsonl
 
 exit status: 0 all classified, 1 something failed, 2 the call is wrong
 """
@@ -39,6 +40,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--dtype", default="auto", choices=("auto", *DTYPES), help="default: %(default)s")
     add("--batch-size", type=positive, default=32, help="images at a time (default: %(default)s)")
     add("--json", action="store_true", help="print a JSON object per image, all classes in it")
+    add(
+        "--embedding",
+        action="store_true",
+        help="with what the network's head sees, a list of numbers in the JSON (implies --json)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -51,9 +57,9 @@ def run(args: argparse.Namespace) -> int:
     failed = False
     # None: no bar where standard error is not a terminal.
     with tqdm(total=len(args.images), delay=2, disable=None, unit="image") as bar:
-        for path, outcome in _outcomes(classifier, args.images, args.batch_size):
+        for path, outcome in _outcomes(classifier, args):
             failed |= isinstance(outcome, MambamicError)
-            if args.json:
+            if args.json or args.embedding:
                 bar.write(json.dumps({"image": str(path), **outcome.as_json()}, ensure_ascii=False))
             elif isinstance(outcome, MambamicError):
                 bar.write(f"{path}: {outcome}", file=sys.stderr)
@@ -65,24 +71,30 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _outcomes(
-    classifier: Classifier, paths: Sequence[Path], batch_size: int
+    classifier: Classifier, args: argparse.Namespace
 ) -> Iterator[tuple[Path, Prediction | MambamicError]]:
     with DecodePool(classifier.preprocess) as pool:
-        for start in range(0, len(paths), batch_size):
-            batch = paths[start : start + batch_size]
-            outcomes = _classify(classifier, pool, [_read(path) for path in batch])
+        for start in range(0, len(args.images), args.batch_size):
+            batch = args.images[start : start + args.batch_size]
+            files = [_read(path) for path in batch]
+            outcomes = _classify(classifier, pool, files, embed=args.embedding)
             yield from zip(batch, outcomes, strict=True)
 
 
 def _classify(
-    classifier: Classifier, pool: DecodePool, files: Sequence[bytes | MambamicError]
+    classifier: Classifier,
+    pool: DecodePool,
+    files: Sequence[bytes | MambamicError],
+    *,
+    embed: bool,
 ) -> list[Prediction | MambamicError]:
     decoded = iter(pool.map([file for file in files if isinstance(file, bytes)]))
     tiles = [next(decoded) if isinstance(file, bytes) else file for file in files]
     pixels = [tile for tile in tiles if not isinstance(tile, MambamicError)]
     if not pixels:
         return [tile for tile in tiles if isinstance(tile, MambamicError)]
-    predictions = iter(classifier.predictions(classifier.probabilities(np.stack(pixels))))
+    probabilities, embeddings = classifier.outputs(np.stack(pixels))
+    predictions = iter(classifier.predictions(probabilities, embeddings, embed=embed))
     return [tile if isinstance(tile, MambamicError) else next(predictions) for tile in tiles]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -34,7 +34,7 @@ class _Prepared:
         self.program = Program(level)
         self.images = self.program.buffer("images", *shape)
         self.program.add(Kind.PIXELS, shape, out=self.images)
-        self.logits = network.add(self.program, self.images)
+        self.logits, self.features = network.add(self.program, self.images)
         self.pixels = self.program.seal()
 
 
@@ -75,7 +75,8 @@ class CpuGraph:
                 else cpu_medmamba.Network(model, layout)
             )
         self._minimum, self._square = model.minimum_size, isinstance(model, MambaMIC)
-        self._classes = model.head.out_features
+        self._classes, self._channels = model.head.out_features, model.head.in_features
+        self.out_order: Sequence[int] = self._network.out_order
         self._idle: deque[_Prepared] = deque(maxlen=_IDLE)
         self._lock = threading.Lock()
 
@@ -94,6 +95,25 @@ class CpuGraph:
         Raises:
             ShapeError: The images are too small, or not square where they must be.
             UsageError: The pixels are of another dtype.
+        """
+        return self.outputs(pixels, scale, shift)[0]
+
+    @torch.inference_mode()
+    def outputs(self, pixels: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+        """Classify images, and return what the head saw as well.
+
+        Args:
+            pixels: As for a call.
+            scale: Likewise.
+            shift: Likewise.
+
+        Returns:
+            Logits (B, classes) and features (B, C), whose channel ``j`` is the network's
+            ``out_order[j]``; float32.
+
+        Raises:
+            ShapeError: As a call does.
+            UsageError: Likewise.
         """
         if pixels.dtype != torch.uint8:
             raise UsageError(f"pixels of {pixels.dtype}", "uint8", "pass pixels from 0 to 255")
@@ -128,20 +148,24 @@ class CpuGraph:
             prepared.images.copy_(part)
             prepared.program.run(first=1)
 
-        return self._in_groups(images, run)
+        return self._in_groups(images, run)[0]
 
-    def _in_groups(self, images: Tensor, run: Callable[[_Prepared, Tensor], None]) -> Tensor:
+    def _in_groups(
+        self, images: Tensor, run: Callable[[_Prepared, Tensor], None]
+    ) -> tuple[Tensor, Tensor]:
         """Run a few images at a time: all of a batch would not stay in the caches."""
         logits = torch.empty(len(images), self._classes)
+        features = torch.empty(len(images), self._channels)
         start = 0
         while start < len(images):
             part = images[start : start + (_GROUP if len(images) - start >= _GROUP else 1)]
             prepared = self._take(part.shape)
             run(prepared, part)
             logits[start : start + len(part)] = prepared.logits
+            features[start : start + len(part)] = prepared.features
             self._give_back(prepared)
             start += len(part)
-        return logits
+        return logits, features
 
     def _check(self, images: Tensor) -> None:
         if images.ndim != 4 or images.shape[3] != 3:

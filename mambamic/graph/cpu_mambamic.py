@@ -240,11 +240,16 @@ class Network:
                 merge = (folded.norm, Matrix(folded.weight, None, layout))
                 order = list(range(len(folded.weight)))
             self.stages.append((blocks, merge))
+        self.out_order = order
         head = model.head
         self.head = Matrix(head.weight.detach()[:, order], head.bias.detach(), layout)
 
-    def add(self, program: Program, image: Tensor) -> Tensor:
-        """Append all steps from (B, H, H, 3), normalised, and return (B, classes)."""
+    def add(self, program: Program, image: Tensor) -> tuple[Tensor, Tensor]:
+        """Append all steps from (B, H, H, 3), normalised.
+
+        Returns:
+            Logits (B, classes) and the features before the head, (B, C) in ``out_order``.
+        """
         x = image
         for name, matrix, activation in zip(
             ("stem", "map_0"), self.stem, (Activation.GELU, Activation.NONE), strict=True
@@ -267,7 +272,7 @@ class Network:
         means = program.buffer("means", batch, channels)
         logits = program.buffer("logits", batch, self.head.columns)
         add_product(program, means.view(batch, 1, 1, channels), self.head, logits)
-        return logits
+        return logits, means
 
 
 def add_merge(

@@ -112,10 +112,15 @@ class Network:
                 folded = fold_merge(stage.downsample, range(channels))
                 merge = (folded.norm, Matrix(folded.weight, None, layout))
             self.stages.append((blocks, merge))
+        self.out_order = list(range(model.head.in_features))
         self.head = Matrix(model.head.weight.detach(), model.head.bias.detach(), layout)
 
-    def add(self, program: Program, image: Tensor) -> Tensor:
-        """Append all steps from (B, H, W, 3), normalised, and return (B, classes)."""
+    def add(self, program: Program, image: Tensor) -> tuple[Tensor, Tensor]:
+        """Append all steps from (B, H, W, 3), normalised.
+
+        Returns:
+            Logits (B, classes) and the features before the head, (B, C) in ``out_order``.
+        """
         x = add_convolution(program, "map_0", image, self.stem, kernel=4, stride=4, padding=0)
         program.add(
             Kind.LAYER_NORM,
@@ -141,4 +146,4 @@ class Network:
         program.add(Kind.MEAN, x.shape, input=x, out=means, channels=channels)
         logits = program.buffer("logits", batch, self.head.columns)
         add_product(program, means.view(batch, 1, 1, channels), self.head, logits)
-        return logits
+        return logits, means

@@ -6,7 +6,7 @@ device has room. Nothing here waits for the device, so that a call can be captur
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -229,6 +229,7 @@ class GpuGraph:
         )
         head = model.head.weight.detach()[:, list(self._network.out_order)]
         self._head = place.pair(head, model.head.bias.detach())
+        self.out_order: Sequence[int] = self._network.out_order
 
     @torch.inference_mode()
     def __call__(self, pixels: Tensor) -> Tensor:
@@ -243,8 +244,25 @@ class GpuGraph:
         Raises:
             ShapeError: The images are too small, or not square where they must be.
         """
+        return self.outputs(pixels)[0]
+
+    @torch.inference_mode()
+    def outputs(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Classify, and return what the head saw as well.
+
+        Args:
+            pixels: As for a call.
+
+        Returns:
+            Logits (B, classes) and features (B, C), whose channel ``j`` is the network's
+            ``out_order[j]``; float32.
+
+        Raises:
+            ShapeError: As a call does.
+        """
         check_image(pixels.permute(0, 3, 1, 2), self._minimum, square=self._square)
-        return F.linear(self._network(pixels, self._pixels, self._dtype), *self._head)
+        features = self._network(pixels, self._pixels, self._dtype)
+        return F.linear(features, *self._head), features
 
 
 class _MambaMIC:
