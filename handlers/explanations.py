@@ -5,16 +5,16 @@ from __future__ import annotations
 import base64
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from mambamic.classifier import Classifier
-from mambamic.errors import MambamicError, TooLargeError, UsageError
+from mambamic.errors import MambamicError, UsageError
 from mambamic.explain.explanation import Explanation, Question
 from mambamic.explain.overlay import encode, overlay
-from mambamic.handlers.requests import Tile, TileRequest
+from mambamic.handlers.requests import Tile, TileRequest, check_limits
 from mambamic.handlers.responses import Answer, error_answer, failure, list_answer, overloaded
-from mambamic.images import decode, pixel_count
+from mambamic.images import decode
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ class Explainer:
         """
         try:
             question = _question(self._classifier, request.settings)
-            _check_limits(request.tiles)
+            check_limits(request.tiles, MAX_IMAGES, MAX_PIXELS, "to explain in one request")
             outcomes = [self._explain(question, tile, last_begin) for tile in request.tiles]
             if not request.single:
                 return list_answer(
@@ -106,26 +106,3 @@ def _question(classifier: Classifier, settings: Mapping[str, str]) -> Question:
         settings["class"][:200] if "class" in settings else None,
         int(stage[:8]) if stage is not None else None,
     )
-
-
-def _check_limits(tiles: Sequence[Tile]) -> None:
-    if len(tiles) > MAX_IMAGES:
-        raise TooLargeError(
-            f"{len(tiles)} images to explain in one request",
-            f"at most {MAX_IMAGES}",
-            "send them in several requests",
-        )
-    pixels = 0
-    for tile in tiles:
-        if isinstance(tile.content, bytes):
-            try:
-                pixels += pixel_count(tile.content)
-            except MambamicError:
-                # The decoder says so again, for that tile alone.
-                continue
-    if pixels > MAX_PIXELS:
-        raise TooLargeError(
-            f"{pixels / 1e6:.1f} megapixels to explain in one request",
-            f"at most {MAX_PIXELS // 1_000_000}",
-            "send smaller images, or each in a request of its own",
-        )

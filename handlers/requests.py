@@ -109,7 +109,7 @@ def read_request(
         tiles = tuple(Tile(name, data) for name, data in read_zip(tile.content))
     else:
         tiles = tuple(_tile_among_others(part) for part in parts)
-    _check_limits(tiles)
+    check_limits(tiles)
     return TileRequest(tiles, False, settings)
 
 
@@ -189,12 +189,26 @@ def _tile_among_others(part: Part) -> Tile:
     return tile
 
 
-def _check_limits(tiles: Sequence[Tile]) -> None:
-    if len(tiles) > MAX_TILES:
+def check_limits(
+    tiles: Sequence[Tile],
+    most: int = MAX_TILES,
+    most_pixels: int = MAX_PIXELS,
+    what: str = "in one request",
+) -> None:
+    """Refuse a request that asks for too much, before anything is decoded.
+
+    Args:
+        tiles: Of the request.
+        most: How many there may be.
+        most_pixels: How many pixels they may have together.
+        what: For the message.
+
+    Raises:
+        TooLargeError: There are more.
+    """
+    if len(tiles) > most:
         raise TooLargeError(
-            f"{len(tiles)} tiles in one request",
-            f"at most {MAX_TILES}",
-            "send them in several requests",
+            f"{len(tiles)} images {what}", f"at most {most}", "send them in several requests"
         )
     pixels = 0
     for tile in tiles:
@@ -204,9 +218,9 @@ def _check_limits(tiles: Sequence[Tile]) -> None:
             except MambamicError:
                 # The decoder says so again, for that tile alone.
                 continue
-    if pixels > MAX_PIXELS:
+    if pixels > most_pixels:
         raise TooLargeError(
-            f"{pixels / 1e6:.0f} megapixels in one request",
-            f"at most {MAX_PIXELS // 1_000_000}",
-            "send them in several requests",
+            f"{pixels / 1e6:.1f} megapixels {what}",
+            f"at most {most_pixels // 1_000_000}",
+            "send smaller images, or send them in several requests",
         )

@@ -157,6 +157,33 @@ def save_checkpoint(
     return Checkpoint(folder, config)
 
 
+def write_file(checkpoint: Checkpoint, name: str, data: bytes) -> Path:
+    """Write one file of a checkpoint, whole or not at all; the others are not touched.
+
+    Raises:
+        CheckpointError: The folder cannot be written to.
+    """
+    target = checkpoint.path / name
+    try:
+        descriptor, path = tempfile.mkstemp(prefix=f".{name}.", dir=checkpoint.path)
+        fresh = Path(path)
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(data)
+            fresh.chmod(target.stat().st_mode if target.exists() else 0o644)
+            fresh.replace(target)
+        except BaseException:
+            fresh.unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise CheckpointError(
+            f"{target} cannot be written ({error.strerror})",
+            "a checkpoint in a folder that you may write to",
+            "work on a copy of the checkpoint",
+        ) from error
+    return target
+
+
 def exchange(fresh: Path, folder: Path) -> None:
     """Put the folder ``fresh`` in the place of ``folder``, which comes back if that fails."""
     if not folder.exists():

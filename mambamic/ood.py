@@ -7,8 +7,6 @@ alone, and in a file beside the weights, so that a checkpoint without one is wha
 
 from __future__ import annotations
 
-import os
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +16,7 @@ import safetensors.numpy
 from numpy.typing import NDArray
 from PIL import Image
 
-from mambamic.checkpoint import OOD_FILE, Checkpoint
+from mambamic.checkpoint import OOD_FILE, Checkpoint, write_file
 from mambamic.errors import CheckpointError, DataError
 
 SHARE = 0.95  # of the validation images that count as known
@@ -105,26 +103,7 @@ def store_detector(checkpoint: Checkpoint, detector: Detector) -> Path:
     Raises:
         CheckpointError: The folder cannot be written to.
     """
-    target = checkpoint.path / OOD_FILE
-    data = detector.to_bytes(checkpoint.config.weights_sha256)
-    try:
-        descriptor, name = tempfile.mkstemp(prefix=f".{OOD_FILE}.", dir=checkpoint.path)
-        fresh = Path(name)
-        try:
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(data)
-            fresh.chmod(0o644)
-            fresh.replace(target)
-        except BaseException:
-            fresh.unlink(missing_ok=True)
-            raise
-    except OSError as error:
-        raise CheckpointError(
-            f"{target} cannot be written ({error.strerror})",
-            "a checkpoint in a folder that you may write to",
-            "copy the checkpoint and fit the detector to the copy",
-        ) from error
-    return target
+    return write_file(checkpoint, OOD_FILE, detector.to_bytes(checkpoint.config.weights_sha256))
 
 
 def load_detector(checkpoint: Checkpoint) -> Detector | None:

@@ -108,7 +108,7 @@ def test_an_empty_field_among_others_is_an_error_for_that_one() -> None:
 
 
 def test_too_many_fields() -> None:
-    with pytest.raises(TooLargeError, match="257 tiles"):
+    with pytest.raises(TooLargeError, match="257 images"):
         read_request([Part(f"tile{i}", "image/png", png()) for i in range(257)])
 
 

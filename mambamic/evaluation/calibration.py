@@ -7,15 +7,12 @@ changes no prediction of a softmax head, only how sure it is.
 from __future__ import annotations
 
 import math
-import os
-import tempfile
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 
-from mambamic.checkpoint import CONFIG_FILE, Checkpoint
-from mambamic.errors import CheckpointError, DataError
+from mambamic.checkpoint import CONFIG_FILE, Checkpoint, write_file
+from mambamic.errors import DataError
 from mambamic.evaluation.metrics import nll_of_each
 from mambamic.evaluation.predictions import Predictions
 
@@ -102,22 +99,5 @@ def store_temperature(checkpoint: Checkpoint, temperature: float) -> Checkpoint:
         CheckpointError: The folder cannot be written to.
     """
     config = replace(checkpoint.config, temperature=temperature)
-    target = checkpoint.path / CONFIG_FILE
-    try:
-        descriptor, name = tempfile.mkstemp(prefix=f".{CONFIG_FILE}.", dir=checkpoint.path)
-        fresh = Path(name)
-        try:
-            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-                file.write(config.to_json())
-            fresh.chmod(target.stat().st_mode)
-            fresh.replace(target)
-        except BaseException:
-            fresh.unlink(missing_ok=True)
-            raise
-    except OSError as error:
-        raise CheckpointError(
-            f"{target} cannot be written ({error.strerror})",
-            "a checkpoint in a folder that you may write to",
-            "copy the checkpoint and calibrate the copy",
-        ) from error
+    write_file(checkpoint, CONFIG_FILE, config.to_json().encode())
     return Checkpoint(checkpoint.path, config)
