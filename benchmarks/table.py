@@ -1,4 +1,4 @@
-"""Write the README's table from the results that the benchmarks left in ``results/``.
+"""Write the tables of README.md and docs/benchmark.md from what benchmarks left in ``results/``.
 
 ``accuracy_test_cpu.json`` comes from ``accuracy.py``, the others from ``mambamic benchmark``.
 """
@@ -29,11 +29,22 @@ def _result(name: str) -> dict[str, Any]:
     return loaded
 
 
-def table() -> str:
-    """Return the table in Markdown."""
+# What the README shows of a GPU; docs/benchmark.md has all of it.
+_FIRST = {
+    ("mambamic_t", "throughput"),
+    ("mambamic_t", "latency"),
+    ("mambamic_t", "training"),
+    ("mambamic_b", "throughput"),
+    ("medmamba_t", "throughput"),
+    ("medmamba_t", "latency"),
+}
+
+
+def summary() -> str:
+    """Return the README's table in Markdown."""
     accuracy = _result("accuracy_test_cpu.json")
     low, high = (100 * bound for bound in accuracy["interval_95"])
-    rows = [
+    rows: list[tuple[str, ...]] = [
         (
             f"MambaMIC-T, accuracy on {accuracy['images']:,} held-out blood cells",
             f"{100 * accuracy['accuracy']:.1f} % (95 % interval {low:.1f} to {high:.1f})",
@@ -42,9 +53,28 @@ def table() -> str:
             "benchmarks/accuracy.py",
         )
     ]
+    rows += _measured_rows(_FIRST)
+    return _markdown(rows)
+
+
+def details() -> str:
+    """Return the table of docs/benchmark.md in Markdown."""
+    return _markdown(_measured_rows(None))
+
+
+def _measured_rows(only: set[tuple[str, str]] | None) -> list[tuple[str, ...]]:
+    """Return what ``mambamic benchmark`` measured on each machine."""
+    found: list[tuple[str, ...]] = []
     for machine, name in _MACHINES:
-        for what, value, published, dtype in _measured(_result(name)["rows"]):
-            rows.append((what, value, published, f"{machine}, {dtype}", "mambamic benchmark"))
+        rows = _result(name)["rows"]
+        if only is not None:
+            rows = [row for row in rows if (row.get("architecture"), row["part"]) in only]
+        for what, value, published, dtype in _measured(rows):
+            found.append((what, value, published, f"{machine}, {dtype}", "mambamic benchmark"))
+    return found
+
+
+def _markdown(rows: list[tuple[str, ...]]) -> str:
     head = "| 224 x 224 pixels | | published code | machine | printed by |"
     lines = [head, "|---|---|---|---|---|"]
     lines += [f"| {what} | {value} | {published} | {where} | `{script}` |"
@@ -86,18 +116,23 @@ def _three(value: float) -> str:
     return f"{float(f'{value:.3g}'):g}"
 
 
-def updated(readme: str) -> str:
-    """Return the README with the table in its place."""
-    before, rest = readme.split(BEGIN)
+def updated(page: str, table: str) -> str:
+    """Return a page with a table in its place."""
+    before, rest = page.split(BEGIN)
     _, after = rest.split(END)
-    return f"{before}{BEGIN}\n{table()}\n{END}{after}"
+    return f"{before}{BEGIN}\n{table}\n{END}{after}"
+
+
+# Functions, since a page that is not asked for needs no results.
+PAGES = {"README.md": summary, "docs/benchmark.md": details}
 
 
 def main() -> None:
-    """Rewrite the README."""
+    """Rewrite the pages."""
     argparse.ArgumentParser(description=__doc__).parse_args()
-    readme = ROOT / "README.md"
-    readme.write_text(updated(readme.read_text()))
+    for name, table in PAGES.items():
+        page = ROOT / name
+        page.write_text(updated(page.read_text(), table()))
 
 
 if __name__ == "__main__":

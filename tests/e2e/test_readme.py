@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.table import updated
+from benchmarks.table import PAGES, updated
 
 from .servers import end_all, environment, free_port, of_state
 
@@ -73,5 +73,7 @@ def test_the_python_example(root: Path, state: Path) -> None:
     assert printed.startswith("neutrophil 0.9")
 
 
-def test_the_table_is_what_the_benchmarks_printed() -> None:
-    assert updated(README) == README
+@pytest.mark.parametrize("name", PAGES)
+def test_the_table_is_what_the_benchmarks_printed(root: Path, name: str) -> None:
+    page = (root / name).read_text()
+    assert updated(page, PAGES[name]()) == page
