@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- table: benchmarks/table.py -->", "<!-- end of table -->"
 _CPU = "two cores of a Xeon with AVX-512"
 _MACHINES = ((_CPU, "benchmark_cpu.json"), ("one NVIDIA H200", "benchmark_h200.json"))
-_TITLES = {
+TITLES = {
     f"{family}_{size}": f"{title}-{size.upper()}"
     for family, title in (("mambamic", "MambaMIC"), ("medmamba", "MedMamba"))
     for size in "tsb"
@@ -62,6 +62,38 @@ def details() -> str:
     return _markdown(_measured_rows(None))
 
 
+def results() -> str:
+    """Return the table of docs/results.md in Markdown."""
+    campaign = _result("blood_cells.json")
+    lines = [
+        "| network | seed | epochs (kept) | minutes | validation | test accuracy | AUC | F1 "
+        "| calibration error (before) |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for run in campaign["runs"]:
+        overall, before = run["overall"], run["calibration_error_before"]["value"]
+        lines.append(
+            f"| {TITLES[run['architecture']]} | {run['seed']} "
+            f"| {run['epochs']} ({run['best_epoch']}) | {run['minutes']:.1f} "
+            f"| {100 * run['val_accuracy']:.2f} % | {_percent(overall['accuracy'])} "
+            f"| {overall['auc']['value']:.5f} | {_percent(overall['f1'])} "
+            f"| {_percent(overall['calibration_error'])} ({100 * before:.1f} %) |"
+        )
+    lines += [
+        f"| **{TITLES[mean['architecture']]}, mean of {len(mean['seeds'])}** | | | | "
+        f"| **{_percent(mean['accuracy'])}** | {mean['auc']['value']:.5f} "
+        f"| {100 * mean['f1']['value']:.2f} % "
+        f"| {100 * mean['calibration_error']['value']:.2f} % |"
+        for mean in campaign["means"]
+    ]
+    return "\n".join(lines)
+
+
+def _percent(measured: dict[str, float]) -> str:
+    low, high = 100 * measured["low"], 100 * measured["high"]
+    return f"{100 * measured['value']:.2f} % ({low:.2f} to {high:.2f})"
+
+
 def _measured_rows(only: set[tuple[str, str]] | None) -> list[tuple[str, ...]]:
     """Return what ``mambamic benchmark`` measured on each machine."""
     found: list[tuple[str, ...]] = []
@@ -98,14 +130,14 @@ def _measured(rows: list[dict[str, Any]]) -> Iterator[tuple[str, str, str, str]]
             what = f"scan, forward, {images} images, {channels} channels, {positions:,} positions"
             value, unit = f"{_three(row['forward_ms'])} ms", " ms, the scan alone"
         elif part == "latency":
-            what = f"{_TITLES[row['architecture']]}, one image"
+            what = f"{TITLES[row['architecture']]}, one image"
             value = f"{_three(row['p50_ms'])} ms (99 % within {_three(row['p99_ms'])})"
             unit = " ms"
         else:
             rate = row["images_per_second"]
             if part == "throughput" and rate < best[row["architecture"]]:
                 continue
-            what = f"{_TITLES[row['architecture']]}, {'training, ' if part == 'training' else ''}"
+            what = f"{TITLES[row['architecture']]}, {'training, ' if part == 'training' else ''}"
             what += f"images per second, batch {row['batch']}"
             value, unit = f"{rate:,.0f}", ""
         yield what, value, published and published + unit, row["dtype"]

@@ -1,0 +1,119 @@
+"""Evaluate the runs of a training campaign on blood cells, and write docs/results.md's table.
+
+RUNS holds a folder for each ``mambamic train``, named as it will be in the table. Each checkpoint
+gets its temperature from the validation images, then sees the test images once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from benchmarks.common import write
+from benchmarks.table import ROOT
+from mambamic.checkpoint import load_checkpoint
+from mambamic.evaluation.run import METRICS, PREDICTIONS, Evaluation, evaluate
+from mambamic.training.run import LOG, RESULT
+
+RESULTS = ROOT / "benchmarks/results/blood_cells.json"
+_RESAMPLES = 1000
+_TRAINED = ("seed", "epochs", "best_epoch", "minutes", "images_per_second", "device", "devices")
+
+Row = dict[str, Any]
+
+
+def evaluated(run: Path, data: Path, split: str) -> tuple[Row, NDArray[np.bool_]]:
+    """Return what one run came to, and which images of the split it got right."""
+    config = load_checkpoint(run / RESULT).config
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder, "evaluation")
+        evaluate(
+            Evaluation(run / RESULT, data, out, split, calibrate=True, dtype="float32"),
+            progress=True,
+        )
+        measured = json.loads((out / METRICS).read_text())
+        with (out / PREDICTIONS).open(newline="") as file:
+            right = [row["true"] == row["predicted"] for row in csv.DictReader(file)]
+    calibration = measured["calibration"]
+    row = {
+        "run": run.name,
+        "architecture": config.architecture,
+        **{name: config.metrics[name] for name in _TRAINED if name in config.metrics},
+        "val_accuracy": config.metrics["val_accuracy"],
+        "weights_sha256": config.weights_sha256,
+        "temperature": calibration["temperature"],
+        "calibration_error_before": calibration["before"]["calibration_error"],
+        "split": split,
+        "images": measured["images"],
+        "right": sum(right),
+        "overall": measured["overall"],
+        "classes": {name: row["sensitivity"] for name, row in measured["classes"].items()},
+        "curve": curve(run / LOG),
+    }
+    return row, np.array(right)
+
+
+def curve(log: Path) -> list[float]:
+    """Return the validation accuracy after each epoch; a run that was resumed left several logs."""
+    found = {}
+    for part in sorted(log.glob("version_*/metrics.csv")):
+        with part.open(newline="") as file:
+            for row in csv.DictReader(file):
+                if row["val_accuracy"]:
+                    found[int(row["epoch"])] = round(float(row["val_accuracy"]), 5)
+    return [found[epoch] for epoch in sorted(found)]
+
+
+def mean_of_seeds(rows: list[Row], right: list[NDArray[np.bool_]]) -> Row:
+    """Return the means over runs that differ in their seed, accuracy with its 95 % interval.
+
+    The interval is over images, of which all runs see the same: the middle of resamples of the
+    share of seeds that are right, per image.
+    """
+    share = np.mean(right, axis=0)
+    drawn = np.random.default_rng(0).integers(len(share), size=(_RESAMPLES, len(share)))
+    low, high = np.quantile(share[drawn].mean(1), (0.025, 0.975))
+    return {
+        "architecture": rows[0]["architecture"],
+        "seeds": [row["seed"] for row in rows],
+        "accuracy": {"value": share.mean(), "low": low, "high": high},
+        **{
+            name: {"value": float(np.mean([row["overall"][name]["value"] for row in rows]))}
+            for name in ("auc", "f1", "calibration_error")
+        },
+    }
+
+
+def main() -> None:
+    """Evaluate all runs."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("runs", type=Path)
+    parser.add_argument("data", type=Path, help="folder with val.zip and the split's")
+    parser.add_argument("--split", default="test")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    args = parser.parse_args()
+    results = {
+        run.name: evaluated(run, args.data, args.split)
+        for run in sorted(args.runs.iterdir())
+        if (run / RESULT).is_dir()
+    }
+    groups: dict[str, list[str]] = {}
+    for name, (row, _) in results.items():
+        groups.setdefault(row["architecture"], []).append(name)
+    means = [
+        mean_of_seeds([results[name][0] for name in names], [results[name][1] for name in names])
+        for names in groups.values()
+        if len(names) > 1
+    ]
+    write({"runs": [row for row, _ in results.values()], "means": means}, args.out)
+
+
+if __name__ == "__main__":
+    main()
