@@ -120,3 +120,9 @@ class InferenceError(MambamicError):
     """The model failed on an image that was read without fault."""
 
     code = "inference_failed"
+
+
+class TrainingError(MambamicError):
+    """A training run cannot go on; what it had reached is kept."""
+
+    code = "training_failed"

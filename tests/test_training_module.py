@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import pytorch_lightning as pl
@@ -11,11 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from mambamic import create_model
+from mambamic.errors import TrainingError
 from mambamic.training.augment import Augmentation
 from mambamic.training.data import Batches, Split
-from mambamic.training.module import TrainingModule, accuracy, criterion
+from mambamic.training.fit import quiet
+from mambamic.training.loss import criterion
+from mambamic.training.module import TrainingModule
 from mambamic.training.recipe import Recipe
-from mambamic.training.run import _quiet
 
 RECIPE = Recipe(epochs=4, warmup_epochs=1, batch_size=4, learning_rate=0.1, ema_decay=0.5)
 STEPS = 16
@@ -58,7 +62,7 @@ def images(size: int = 4, count: int = 16) -> Split:
 
 def fit(module: TrainingModule, split: Split, *callbacks: pl.Callback) -> pl.Trainer:
     recipe = module.recipe
-    with _quiet():
+    with quiet():
         trainer = pl.Trainer(
             accelerator="cpu",
             max_epochs=recipe.epochs,
@@ -90,7 +94,7 @@ def test_the_rate_rises_and_falls_along_a_cosine(
     watched: tuple[TrainingModule, pl.Trainer, Watch],
 ) -> None:
     rates = watched[2].rates
-    rising = [0.1 * (step + 1) / 5 for step in range(1, 4)]
+    rising = [0.1 * (0.001 + 0.999 * step / 4) for step in range(1, 4)]
     falling = [0.05 * (1 + math.cos(math.pi * step / 12)) for step in range(13)]
     assert len(rates) == STEPS
     assert rates == pytest.approx([*rising, *falling], abs=1e-9)
@@ -148,17 +152,61 @@ def test_what_is_exempt_from_weight_decay() -> None:
         assert (id(parameter) in exempt) == special, name
 
 
-def test_several_labels_are_scored_one_by_one() -> None:
-    logits = torch.tensor([[2.0, -1.0, 0.5], [-3.0, 4.0, -0.5]])
-    labels = torch.tensor([[1, 0, 0], [0, 1, 1]])
-    assert accuracy(logits, labels).item() == pytest.approx(4 / 6)
-    probability = torch.sigmoid(logits)
-    loss = -torch.where(labels > 0, probability, 1 - probability).log().mean()
-    assert criterion(logits, labels).item() == pytest.approx(loss.item())
-    right = torch.where(labels > 0, probability, 1 - probability).log()
-    wrong = torch.where(labels > 0, 1 - probability, probability).log()
-    smoothed = -(0.95 * right + 0.05 * wrong).mean()
-    assert criterion(logits, labels, 0.1).item() == pytest.approx(smoothed.item())
+@pytest.mark.parametrize(
+    ("changes", "last"),
+    [({"final_rate": 0.01}, 1e-3), ({"schedule": "constant", "optimiser": "adam"}, 0.1)],
+)
+def test_the_rate_ends_where_the_recipe_says(changes: dict[str, Any], last: float) -> None:
+    watch = Watch()
+    trainer = fit(linear(replace(RECIPE, warmup_start=0.5, **changes)), images(), watch)
+    assert watch.rates[:3] == pytest.approx([0.05 + 0.05 * step / 4 for step in (1, 2, 3)])
+    assert watch.rates[3] == pytest.approx(0.1)
+    assert watch.rates[-1] == pytest.approx(last)
+    kind = torch.optim.Adam if "optimiser" in changes else torch.optim.AdamW
+    assert type(trainer.optimizers[0]) is kind
+
+
+def test_classes_are_weighed() -> None:
+    module = linear()
+    split, weights = images(), torch.tensor([1.0, 5.0])
+    weighted = TrainingModule(module.model, module.augmentation.eval(), RECIPE, weights)
+    logits = module.model(module.augmentation(split.pixels))
+    expected = criterion(logits, split.labels, 0.1, weights)
+    torch.testing.assert_close(weighted.loss(split.pixels, split.labels), expected)
+
+
+def test_no_average_is_the_weights_themselves() -> None:
+    module = linear(replace(RECIPE, ema_decay=0.0))
+    fit(module, images())
+    average = module.average.get_parameter("module.1.weight")
+    assert torch.equal(average, module.model.get_parameter("1.weight"))
+
+
+class Break(pl.Callback):
+    """Spoil a weight once, as a step that diverges does."""
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, module: pl.LightningModule, _batch: object, index: int
+    ) -> None:
+        if (trainer.current_epoch, index) == (2, 1):
+            with torch.no_grad():
+                module.get_parameter("model.1.weight")[0, 0] = torch.nan
+
+
+@pytest.mark.parametrize("clip_norm", [0.0, 1.0])
+def test_a_loss_that_is_no_number_ends_the_run_by_name(clip_norm: float) -> None:
+    with pytest.raises(TrainingError, match=r"since step 2 of epoch 3 .*smaller --learning-rate"):
+        fit(linear(replace(RECIPE, clip_norm=clip_norm)), images(), Break())
+
+
+def test_numbers_are_looked_at_without_waiting_for_them() -> None:
+    """A step adds to a tensor on the device, and nothing is read from it but now and then."""
+    module = linear()
+    module.note(torch.tensor(1.0))
+    assert int(module.failed_at) == torch.iinfo(torch.int64).max
+    module.note(torch.tensor(torch.inf))
+    assert int(module.failed_at) == 0
+    assert "failed_at" not in module.state_dict()
 
 
 def test_learns_several_labels() -> None:

@@ -2,80 +2,130 @@
 
 from __future__ import annotations
 
-from typing import Any
+import math
 
 import torch
-from kornia import augmentation
+from kornia.enhance import adjust_brightness, adjust_contrast, adjust_hue, adjust_saturation
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from mambamic.kernels import nvrtc
 from mambamic.kernels.augment import augment
 from mambamic.preprocess import Triple
+from mambamic.training.draws import draw_colours, draw_maps, draw_stains
+from mambamic.training.recipe import Strengths
+from mambamic.training.share import Share
+
+_LEAST = 1 / 255  # below it an optical density would have no end
 
 
 class Augmentation(nn.Module):
     """Turn uint8 batches into normalised ones, at random while training.
 
-    A cell has no up or down: any rotation, both flips, a change of scale and of place. Stains
-    and lamps differ: brightness, contrast, saturation and a little hue.
+    Args:
+        mean: Per channel, of values from 0 to 1.
+        std: Per channel, of values from 0 to 1.
+        strengths: How much changes.
+        share: Random numbers are drawn for whole batches, of which this part is made here.
     """
 
     scale: Tensor
     shift: Tensor
 
-    def __init__(self, mean: Triple, std: Triple) -> None:
+    def __init__(
+        self,
+        mean: Triple,
+        std: Triple,
+        strengths: Strengths | None = None,
+        share: Share | None = None,
+    ) -> None:
         super().__init__()
-        self.normalise = augmentation.Normalize(mean=mean, std=std)
-        self.affine = augmentation.RandomAffine(
-            degrees=180.0,
-            translate=(0.06, 0.06),
-            scale=(0.8, 1.2),
-            p=1.0,
-            padding_mode="reflection",
-        )
-        self.geometry = augmentation.AugmentationSequential(
-            augmentation.RandomHorizontalFlip(p=0.5),
-            augmentation.RandomVerticalFlip(p=0.5),
-            self.affine,
-        )
-        self.colour = augmentation.ColorJiggle(0.2, 0.2, 0.2, 0.03, p=0.8)
+        self.strengths, self.share = strengths or Strengths(), share or Share()
+        self.generator: torch.Generator | None = None  # torch's own
         deviation = torch.tensor(std)
         self.register_buffer("scale", 1 / deviation, persistent=False)
         self.register_buffer("shift", -torch.tensor(mean) / deviation, persistent=False)
 
+    def seed(self, seed: int) -> None:
+        """Draw from now on what depends on this seed alone, whatever else draws."""
+        self.generator = torch.Generator().manual_seed(seed)
+
     def forward(self, pixels: Tensor) -> Tensor:
         """Map (B, S, S, 3) uint8 to (B, 3, S, S) float32."""
-        if self.training and pixels.is_cuda and nvrtc.missing_module() is None:
-            settings, order = self.settings(len(pixels), pixels.shape[1])
+        if not self.training:
+            return self._normalise(_images(pixels))
+        settings, order = self.settings(len(pixels), pixels.shape[1])
+        stained = self.strengths.stain > 0
+        if pixels.is_cuda:
             settings = settings.pin_memory().to(pixels.device, non_blocking=True)
-            return augment(pixels, settings, order, self.scale, self.shift)
-        images = pixels.permute(0, 3, 1, 2).float() / 255
-        if self.training:
-            images = self.colour(self.geometry(images)).clamp(0, 1)
-        normalised: Tensor = self.normalise(images)
-        return normalised
+            if nvrtc.missing_module() is None:
+                return augment(pixels, settings, order, self.scale, self.shift, stain=stained)
+        images = warp(_images(pixels), settings[:, :6].reshape(-1, 2, 3))
+        if stained:
+            images = change_stain(images, settings[:, 10:].reshape(-1, 3, 4))
+        return self._normalise(change_colour(images, settings[:, 6:10], order).clamp(0, 1))
 
     def settings(self, batch: int, side: int) -> tuple[Tensor, list[int]]:
-        """Draw what the steps above would draw, as ``kernels.augment`` takes it.
+        """Draw for ``batch`` images what ``kernels.augment`` takes.
 
         Returns:
-            (B, 10) float32, and the order of the four changes of colour.
+            (B, 22) float32, and the order of the four changes of colour.
         """
-        shape = torch.Size((batch, 3, side, side))
-        for step in (*self.geometry.children(), self.colour):
-            # Wherever the images are: the host must read the order without waiting for the device.
-            step.set_rng_device_and_dtype(torch.device("cpu"), torch.float32)
-        drawn: list[Any] = [item.data for item in self.geometry.forward_parameters(shape)]
-        across, down, warp = drawn
-        matrix = self.affine.compute_transformation(torch.empty(0), warp, self.affine.flags)
-        inverse = torch.linalg.inv(matrix)[:, :2]  # from a place of the result to one of the image
-        flipped = torch.stack([across["batch_prob"], down["batch_prob"]], 1) > 0.5
-        mirrored = torch.tensor([0.0, 0.0, side - 1.0]) - inverse
-        inverse = torch.where(flipped[..., None], mirrored, inverse)
-        colour = self.colour.forward_parameters(shape)
-        names = ("brightness", "contrast", "saturation", "hue")
-        factors = torch.stack([colour[f"{name}_factor"] for name in names], 1)
-        neutral = torch.tensor([1.0, 1.0, 1.0, 0.0])
-        factors = torch.where(colour["batch_prob"][:, None] > 0.5, factors, neutral)
-        factors[:, 0] -= 1  # the brightness is added
-        return torch.cat([inverse.flatten(1), factors], 1), colour["order"].tolist()
+        whole, given = batch * self.share.ranks, (self.strengths, self.generator)
+        maps = draw_maps(whole, side, *given)
+        colours, order = draw_colours(whole, *given)
+        stains = draw_stains(whole, self.strengths.stain, self.generator)
+        drawn = torch.cat([maps.flatten(1), colours, stains.flatten(1)], 1)
+        return self.share.of(drawn), order
+
+    def _normalise(self, images: Tensor) -> Tensor:
+        return images * self.scale[:, None, None] + self.shift[:, None, None]
+
+
+def _images(pixels: Tensor) -> Tensor:
+    return pixels.permute(0, 3, 1, 2).float() / 255
+
+
+def warp(images: Tensor, maps: Tensor) -> Tensor:
+    """Look up each place of the result in (B, C, S, S) images, bilinearly, reflecting outside.
+
+    Args:
+        images: Of any values.
+        maps: (B, 2, 3), from a place (column, row) of the result to one of the image, in pixels.
+    """
+    side = images.shape[-1]
+    line = torch.arange(side, device=images.device, dtype=torch.float32)
+    row, column = torch.meshgrid(line, line, indexing="ij")
+    places = torch.stack([column, row, torch.ones_like(row)], -1)  # [S, S, 3]
+    found = torch.einsum("bkl,ijl->bijk", maps, places)
+    # In the units of grid_sample the image reaches from -1 to 1, its outermost edges.
+    grid = (2 * found + 1) / side - 1
+    return F.grid_sample(images, grid, "bilinear", "reflection", align_corners=False)
+
+
+def change_stain(images: Tensor, maps: Tensor) -> Tensor:
+    """Map the optical densities of (B, 3, S, S) images of values from 0 to 1.
+
+    Args:
+        images: Red, green and blue.
+        maps: (B, 3, 4), affine.
+    """
+    density = -images.clamp(min=_LEAST).log()
+    mapped = torch.einsum("bkc,bchw->bkhw", maps[..., :3], density) + maps[..., 3, None, None]
+    return (-mapped).exp().clamp(0, 1)
+
+
+def change_colour(images: Tensor, factors: Tensor, order: list[int]) -> Tensor:
+    """Change brightness, contrast, saturation and hue of (B, 3, S, S) images.
+
+    Args:
+        images: Of values from 0 to 1.
+        factors: (B, 4): a summand, two factors, and a part of the colour circle.
+        order: Of the four, counted from 0.
+    """
+    images = images.clamp(0, 1)
+    steps = (adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue)
+    for kind in order:
+        change = factors[:, kind] * (2 * math.pi if kind == 3 else 1)
+        images = steps[kind](images, change)
+    return images

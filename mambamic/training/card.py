@@ -9,7 +9,10 @@ from mambamic.training.recipe import Recipe
 def model_card(config: Config, recipe: Recipe) -> str:
     """Return a model card in Markdown: what it is, from what, how, how good, and its limits."""
     metrics = config.metrics
-    settings = "\n".join(f"| {name} | {value} |" for name, value in recipe.as_dict().items())
+    stated = recipe.as_dict()
+    stated |= stated.pop("augmentation")
+    settings = "\n".join(f"| {name} | {value} |" for name, value in stated.items())
+    init = metrics.get("init", "random weights")
     classes = ", ".join(config.classes)
     resize = {"stretch": "the whole image", "shorter_side": "the central square"}[config.resize]
     return f"""# {config.architecture}, {len(config.classes)} classes
@@ -27,6 +30,8 @@ For research use only: not a medical device, not for diagnosis.
 {metrics["train_images"]} images, {metrics["epochs"]} epochs, {metrics["minutes"]} minutes on
 {metrics["device"]} ({metrics["images_per_second"]} images per second), seed {metrics["seed"]},
 torch {metrics["torch"]}, weights kept from epoch {metrics["best_epoch"]}.
+
+Started from: {init}
 
 | setting | value |
 | --- | --- |

@@ -17,6 +17,7 @@ from mambamic.data.source import LAYOUT, Source, open_split, refuse_unreadable
 from mambamic.errors import DataError, MambamicError
 from mambamic.preprocess import Pixels, Preprocess
 from mambamic.training.recipe import epoch_seed
+from mambamic.training.share import Share
 
 
 @dataclass(frozen=True)
@@ -109,12 +110,18 @@ class Batches:
 
     Args:
         split: The images.
-        batch_size: Images per batch.
+        batch_size: Images per batch, over all processes.
         seed: Of the order; None keeps the order and the last, smaller batch.
+        share: Which part of them is this process's: of each batch where they are shuffled, and of
+            the split where they are not.
     """
 
-    def __init__(self, split: Split, batch_size: int, seed: int | None) -> None:
-        self._split, self._batch_size, self._seed = split, min(batch_size, len(split)), seed
+    def __init__(
+        self, split: Split, batch_size: int, seed: int | None, share: Share | None = None
+    ) -> None:
+        self._split, self._seed, self._share = split, seed, share or Share()
+        ranks = self._share.ranks
+        self._batch_size = min(batch_size, len(split)) // ranks * ranks
         self.epoch = 0  # set by the training loop, so that a resumed run goes on as it would have
 
     def __len__(self) -> int:
@@ -122,11 +129,15 @@ class Batches:
         return whole + (self._seed is None and rest > 0)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        if self._seed is None:
-            order = torch.arange(len(self._split))
-        else:
-            generator = torch.Generator().manual_seed(epoch_seed(self._seed, self.epoch))
-            order = torch.randperm(len(self._split), generator=generator)
-        order = order.to(self._split.labels.device)
-        for indices in islice(order.split(self._batch_size), len(self)):
+        for indices in self._indices():
             yield self._split.pixels[indices], self._split.labels[indices]
+
+    def _indices(self) -> Iterator[Tensor]:
+        device, share = self._split.labels.device, self._share
+        if self._seed is None:
+            order = torch.arange(share.rank, len(self._split), share.ranks, device=device)
+            yield from order.split(self._batch_size // share.ranks)
+            return
+        generator = torch.Generator().manual_seed(epoch_seed(self._seed, self.epoch))
+        order = torch.randperm(len(self._split), generator=generator).to(device)
+        yield from map(share.of, islice(order.split(self._batch_size), len(self)))

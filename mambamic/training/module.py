@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import math
+import os
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.optim import AdamW, Optimizer
+from torch.optim import Adam, AdamW, Optimizer
 from torch.optim.swa_utils import AveragedModel
 
+from mambamic.errors import TrainingError
 from mambamic.training.augment import Augmentation
+from mambamic.training.loss import accuracy, criterion
+from mambamic.training.ranks import average_over_ranks
 from mambamic.training.recipe import Recipe, epoch_seed
+
+GRAPHS = "MAMBAMIC_CUDA_GRAPHS"  # 0 in the environment: launch each kernel by itself
+_CHECKED = 50  # steps between two looks at whether all numbers were finite
+_RANKS_APART = 7_919  # what the seeds of two processes of one run differ by
 
 
 class MovingAverage(AveragedModel):
@@ -45,26 +52,6 @@ class MovingAverage(AveragedModel):
         self._begun = True
 
 
-def criterion(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
-    """Return the mean loss of (B, C) logits: cross-entropy, per class where labels are several.
-
-    Args:
-        logits: (B, C).
-        labels: (B,) indices, or (B, C) of 0 and 1.
-        smoothing: How much of a label is spread over what it is not.
-    """
-    if labels.ndim == 1:
-        return F.cross_entropy(logits, labels, label_smoothing=smoothing)
-    target = labels.to(logits.dtype) * (1 - smoothing) + smoothing / 2
-    return F.binary_cross_entropy_with_logits(logits, target)
-
-
-def accuracy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return the share of right labels; shapes as in ``criterion``."""
-    right = logits.argmax(-1) == labels if labels.ndim == 1 else (logits > 0) == (labels > 0)
-    return right.float().mean()
-
-
 def capture(model: nn.Module, images: Tensor) -> None:
     """Replay a model's forward and backward pass as CUDA graphs whenever it trains.
 
@@ -72,6 +59,7 @@ def capture(model: nn.Module, images: Tensor) -> None:
     launch them. Every later batch must have the shape of this one. What the trial runs before the
     capture change is put back: running statistics and the state of the random numbers.
     """
+    torch.cuda.synchronize(images.device)
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     random = torch.cuda.get_rng_state(images.device)
     dtype = torch.get_autocast_dtype("cuda")
@@ -81,20 +69,51 @@ def capture(model: nn.Module, images: Tensor) -> None:
     if mention is not None:
         mention(False)
     with torch.autocast("cuda", dtype=dtype, enabled=enabled, cache_enabled=False):
-        torch.cuda.make_graphed_callables(model, (torch.empty_like(images).normal_(),))
+        sample = torch.empty_like(images).normal_()
+        try:
+            torch.cuda.make_graphed_callables(model, (sample,))
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            raise TrainingError(
+                f"the training step cannot be captured as CUDA graphs ({error})",
+                "a GPU and a driver that can capture it",
+                f"set {GRAPHS}=0 in the environment to train without, slower",
+            ) from error
     torch.cuda.set_rng_state(random, images.device)
     for buffer, before in buffers:
         buffer.copy_(before)
 
 
 class TrainingModule(pl.LightningModule):
-    """A model in training, with the moving average of its weights, which is what is kept."""
+    """A model in training, with the moving average of its weights, which is what is kept.
 
-    def __init__(self, model: nn.Module, augmentation: Augmentation, recipe: Recipe) -> None:
+    Args:
+        model: The network.
+        augmentation: Makes its inputs; knows the share of each batch that is this process's.
+        recipe: The settings.
+        weights: (C,), of classes in the loss.
+    """
+
+    weights: Tensor | None
+    failed_at: Tensor
+
+    def __init__(
+        self,
+        model: nn.Module,
+        augmentation: Augmentation,
+        recipe: Recipe,
+        weights: Tensor | None = None,
+    ) -> None:
         super().__init__()
         self.model, self.augmentation, self.recipe = model, augmentation, recipe
+        self.share = augmentation.share
         self.average = MovingAverage(model, recipe.ema_decay)
-        self.to_capture = True  # at the first step on a GPU
+        self.to_capture = os.environ.get(GRAPHS) != "0"  # at the first step on a GPU
+        self.register_buffer("weights", weights, persistent=False)
+        # The first step with a number that is not finite; on the device, which nobody waits for.
+        never = torch.tensor(torch.iinfo(torch.int64).max)
+        self.register_buffer("failed_at", never, persistent=False)
 
     def loss(self, pixels: Tensor, labels: Tensor) -> Tensor:
         """Return the loss of one batch of (B, S, S, 3) uint8 pixels and (B,) or (B, C) labels."""
@@ -103,48 +122,79 @@ class TrainingModule(pl.LightningModule):
         if images.is_cuda and self.to_capture:
             self.to_capture = False
             capture(self.model, images)
-        return criterion(self.model(images).float(), labels, self.recipe.label_smoothing)
+        logits = self.model(images).float()
+        return criterion(logits, labels, self.recipe.label_smoothing, self.weights)
 
     def training_step(self, batch: tuple[Tensor, Tensor], _index: int) -> Tensor:
         """Return the loss of one batch."""
         loss = self.loss(*batch)
         self.log("train_loss", loss, prog_bar=True)
+        self.note(loss)
         return loss
 
-    def configure_gradient_clipping(
-        self,
-        optimizer: Optimizer,
-        gradient_clip_val: float | None = None,
-        gradient_clip_algorithm: str | None = None,
-    ) -> None:
-        """Clip by the norm, which Lightning's own refuses to do for a fused optimiser."""
-        if gradient_clip_val is not None:
-            nn.utils.clip_grad_norm_(self.model.parameters(), gradient_clip_val)
+    def on_after_backward(self) -> None:
+        """Give all processes of a run the same gradients and the same running statistics."""
+        if self.share.ranks > 1:
+            gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+            statistics = [buffer for buffer in self.model.buffers() if buffer.is_floating_point()]
+            average_over_ranks([*gradients, *statistics])
 
-    def on_train_batch_end(self, *_: Any) -> None:
-        """Follow the weights with their average."""
+    def configure_gradient_clipping(self, optimizer: Optimizer, *_: Any, **__: Any) -> None:
+        """Clip by the norm, which Lightning's own refuses to do for a fused optimiser."""
+        self.note(self.clip())
+
+    def clip(self) -> Tensor:
+        """Clip the gradients and return the norm that they had."""
+        limit = self.recipe.clip_norm or math.inf
+        return nn.utils.clip_grad_norm_(self.model.parameters(), limit)
+
+    def on_train_batch_end(self, _outputs: Any, _batch: Any, index: int) -> None:
+        """Follow the weights with their average, and now and then look whether all went well."""
         self.average.update_parameters(self.model)
+        if self.trainer.is_last_batch or (index + 1) % _CHECKED == 0:
+            self._refuse_failure()
+
+    def note(self, value: Tensor) -> None:
+        """Remember the step at which a loss or a norm is not finite, without waiting for it."""
+        with torch.no_grad():
+            failed = torch.where(value.isfinite(), self.failed_at, self.global_step)
+            torch.minimum(self.failed_at, failed, out=self.failed_at)
+
+    def _refuse_failure(self) -> None:
+        step = int(self.failed_at)
+        if step > self.global_step:
+            return
+        batches = int(self.trainer.num_training_batches)
+        raise TrainingError(
+            f"the loss or its gradient is not a finite number since step {step % batches + 1} of "
+            f"epoch {step // batches + 1} (learning_rate {self.recipe.learning_rate})",
+            "finite numbers",
+            "train into another --out with a smaller --learning-rate; epochs that were finished "
+            "before are kept",
+        )
 
     def on_train_epoch_start(self) -> None:
         """Make all that is random depend on the seed and the epoch alone.
 
-        A resumed run then does what it would have done without the stop.
+        A resumed run then does what it would have done without the stop. Augmentation is drawn for
+        whole batches, the same in all processes; what the model draws, each draws for itself.
         """
         batches = self.trainer.train_dataloader
         assert batches is not None
         batches.epoch = self.current_epoch
-        torch.manual_seed(epoch_seed(self.recipe.seed, self.current_epoch))
+        seed = epoch_seed(self.recipe.seed, self.current_epoch)
+        self.augmentation.seed(seed)
+        torch.manual_seed(seed + _RANKS_APART * self.share.rank)
 
     def validation_step(self, batch: tuple[Tensor, Tensor], _index: int) -> None:
         """Score the averaged model on one batch."""
         pixels, labels = batch
         logits = self.average(self.augmentation(pixels)).float()
-        size = labels.shape[0]
-        self.log("val_loss", criterion(logits, labels), batch_size=size, prog_bar=True)
-        self.log("val_accuracy", accuracy(logits, labels), batch_size=size, prog_bar=True)
+        scores = {"val_loss": criterion(logits, labels), "val_accuracy": accuracy(logits, labels)}
+        self.log_dict(scores, batch_size=labels.shape[0], prog_bar=True, sync_dist=True)
 
-    def optimizer(self) -> AdamW:
-        """Return AdamW at the full rate, with what is exempt from weight decay as group 1."""
+    def optimizer(self) -> Optimizer:
+        """Return the optimiser at the full rate; group 1 is what is exempt from weight decay."""
         recipe = self.recipe
         decayed: list[nn.Parameter] = []
         plain: list[nn.Parameter] = []
@@ -155,19 +205,24 @@ class TrainingModule(pl.LightningModule):
             {"params": decayed, "weight_decay": recipe.weight_decay},
             {"params": plain, "weight_decay": 0.0},
         ]
+        kind: type[Adam] = {"adamw": AdamW, "adam": Adam}[recipe.optimiser]
         # Per group of tensors a single kernel, which torch has for GPUs.
-        return AdamW(groups, lr=recipe.learning_rate, fused=decayed[0].is_cuda)
+        return kind(groups, lr=recipe.learning_rate, fused=decayed[0].is_cuda)
 
     def configure_optimizers(self) -> Any:
-        """AdamW with a linear warm-up and a cosine to zero, per step."""
+        """The optimiser with a linear warm-up and the recipe's schedule, per step."""
         recipe, optimizer = self.recipe, self.optimizer()
         total = int(self.trainer.estimated_stepping_batches)
         warmup = total * recipe.warmup_epochs / recipe.epochs
 
         def factor(step: int) -> float:
             if step < warmup:
-                return (step + 1) / (warmup + 1)
-            return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / (total - warmup))))
+                return recipe.warmup_start + (1 - recipe.warmup_start) * step / warmup
+            if recipe.schedule == "constant":
+                return 1.0
+            along = min(1.0, (step - warmup) / (total - warmup))
+            cosine = 0.5 * (1 + math.cos(math.pi * along))
+            return recipe.final_rate + (1 - recipe.final_rate) * cosine
 
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {

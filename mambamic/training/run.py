@@ -3,41 +3,41 @@
 from __future__ import annotations
 
 import json
-import logging
-import signal
-import time
-import warnings
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import Callback, ModelCheckpoint, TQDMProgressBar
-from pytorch_lightning.loggers import CSVLogger
-from pytorch_lightning.utilities.exceptions import SIGTERMException
+from torch import nn
+from tqdm import tqdm
 
 from mambamic._version import __version__
 from mambamic.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from mambamic.config import Config
-from mambamic.errors import BackendError, DataError, UsageError
+from mambamic.errors import BackendError, DataError, TrainingError, UsageError
 from mambamic.kernels import resolve
 from mambamic.models import create_model
 from mambamic.preprocess import Preprocess
 from mambamic.training.augment import Augmentation
 from mambamic.training.card import model_card
-from mambamic.training.data import Batches, Split, load_split
+from mambamic.training.data import Split, load_split
+from mambamic.training.fit import MONITOR, STATE, Progress, fit
+from mambamic.training.initial import check_initial, start_from
+from mambamic.training.loss import class_weights
 from mambamic.training.module import TrainingModule
+from mambamic.training.ranks import run_ranks
 from mambamic.training.recipe import Recipe
+from mambamic.training.share import Share
 
 RUN_FILE = "run.json"
-STATE, BEST = "last", "best"  # Lightning adds .ckpt
-LOG = "log"
 RESULT = "checkpoint"
-_MONITOR = "val_accuracy"
-_VALIDATION_BATCH = 256
+# What torch says, in a plain RuntimeError, of memory that it does not get on a CPU, or on a GPU
+# outside its own allocator.
+_NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,8 @@ class Run:
         mpp: Microns per pixel of the tiles, None where unknown.
         licence: Of the weights.
         training_data: What the images are, for the model card.
+        init: A checkpoint to start from, of the same architecture.
+        classes: Names in the order that the labels shall have; None for that of ``load_split``.
     """
 
     data: Path
@@ -63,6 +65,8 @@ class Run:
     mpp: float | None = None
     licence: str = "unknown"
     training_data: str = "unknown"
+    init: Path | None = None
+    classes: tuple[str, ...] | None = None
 
     def identity(self) -> dict[str, object]:
         """Return what must be equal for a stopped run to be resumed."""
@@ -70,8 +74,14 @@ class Run:
             "architecture": self.architecture,
             **self.recipe.as_dict(),
             **asdict(self.preprocess),
+            "init": self.initial().config.weights_sha256 if self.init else None,
             "mambamic": __version__,
         }
+
+    def initial(self) -> Checkpoint:
+        """Open the checkpoint to start from."""
+        assert self.init is not None
+        return load_checkpoint(self.init)
 
     def config(
         self, classes: tuple[str, ...], metrics: dict[str, Any], *, multi_label: bool = False
@@ -93,54 +103,7 @@ class Run:
         )
 
 
-class _Keep(ModelCheckpoint):
-    """Keeps a state, and knows it again where the folder of a stopped run was moved."""
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        folder = str(self.dirpath)
-        paths = ("best_model_path", "kth_best_model_path", "last_model_path")
-        moved = {name: _moved(state_dict[name], folder) for name in paths}
-        scores = {_moved(k, folder): score for k, score in state_dict["best_k_models"].items()}
-        super().load_state_dict(
-            {**state_dict, **moved, "best_k_models": scores, "dirpath": self.dirpath}
-        )
-
-
-def _moved(path: str, folder: str) -> str:
-    return str(Path(folder, Path(path).name)) if path else ""
-
-
-class _Progress(Callback):
-    """Count what the model card reports: training seconds over all parts of a run."""
-
-    def __init__(self) -> None:
-        self.seconds = 0.0
-        self.images = 0
-        self._since = 0.0
-
-    def on_train_epoch_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        self._since = time.perf_counter()
-
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, module: pl.LightningModule, *args: object
-    ) -> None:
-        batch = args[1]
-        assert isinstance(batch, tuple | list)
-        self.images += len(batch[0])
-
-    def on_validation_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        self.seconds += time.perf_counter() - self._since
-
-    def state_dict(self) -> dict[str, float]:
-        return {"seconds": self.seconds, "images": self.images}
-
-    def load_state_dict(self, state_dict: dict[str, float]) -> None:
-        self.seconds, self.images = state_dict["seconds"], int(state_dict["images"])
-
-
-def train(run: Run, *, device: str = "auto", progress: bool = True) -> Checkpoint:
+def train(run: Run, *, device: str = "auto", devices: int = 1, progress: bool = True) -> Checkpoint:
     """Train, or go on where a stopped run in the same folder left off.
 
     A run that is finished is not repeated: what it may be told anew is what the model card says
@@ -149,6 +112,8 @@ def train(run: Run, *, device: str = "auto", progress: bool = True) -> Checkpoin
     Args:
         run: What to do.
         device: ``auto``, ``cpu`` or ``cuda``.
+        devices: How many of these share each batch, each in a process of its own; a script that
+            calls this with more than one must do so under ``if __name__ == "__main__"``.
         progress: Whether to show progress bars.
 
     Returns:
@@ -157,35 +122,100 @@ def train(run: Run, *, device: str = "auto", progress: bool = True) -> Checkpoin
     Raises:
         UsageError: ``run.out`` holds a run with other settings, or a setting makes no sense.
         DataError: The images cannot be used.
+        CheckpointError: The checkpoint to start from cannot be used.
         BackendError: The device or its scan kernel is not available.
+        TrainingError: There is too little memory, or the loss is no longer a number; the finished
+            epochs are kept.
         KeyboardInterrupt: Ctrl-C; the finished epochs are kept.
         SystemExit: SIGTERM; the finished epochs are kept.
     """
     target = _device(device)
     resolve("auto", target)
+    _check_devices(devices, target, run.recipe)
     # Now, and not when the training is over.
     run.config(("a class",), {})
-    identity = run.identity()
-    _compare(run.out, identity)
+    if run.init is not None:
+        check_initial(run.initial(), run.architecture)
+    _compare(run.out, run.identity())
     if (run.out / RESULT).exists():
         return _describe_anew(run, load_checkpoint(run.out / RESULT))
-    train_split = load_split(run.data, "train", run.preprocess, progress=progress)
-    val_split = load_split(run.data, "val", run.preprocess, progress=progress)
-    _compare_classes(train_split, val_split)
-    identity |= {
-        "classes": train_split.classes,
-        "train_images": len(train_split),
-        "val_images": len(val_split),
+    if devices == 1:
+        _train_share(run, target.type, progress, Share())
+    else:
+        run_ranks(partial(_train_share, run, target.type, progress), devices, target.type)
+    return load_checkpoint(run.out / RESULT)
+
+
+def _train_share(run: Run, kind: str, progress: bool, share: Share) -> None:
+    """Train on one device, alone or as one of several; the first does all that is seen."""
+    first = share.rank == 0
+    target = torch.device(kind, share.rank) if share.ranks > 1 and kind == "cuda" else kind
+    with _memory(run, kind):
+        splits = _load(run, first and progress)
+        if len(splits[1]) < share.ranks:
+            raise UsageError(
+                f"devices {share.ranks}", f"at most the {len(splits[1])} images of val", "use fewer"
+            )
+        if first:
+            _begin(run, *splits)
+        module, started = _make(run, splits[0], share)
+        if started and first and progress:
+            tqdm.write(f"starting from {run.init}, {started}", file=sys.stderr)
+        clock = Progress(share.ranks)
+        train_split, val_split = (split.to(torch.device(target)) for split in splits)
+        best = fit(run.out, module, clock, train_split, val_split, progress)
+    if first:
+        _export(run, best, clock, splits, torch.device(target), share.ranks, started)
+
+
+def _load(run: Run, progress: bool) -> tuple[Split, Split]:
+    train, val = (
+        load_split(run.data, name, run.preprocess, classes=run.classes, progress=progress)
+        for name in ("train", "val")
+    )
+    _compare_classes(train, val)
+    return train, val
+
+
+def _begin(run: Run, train: Split, val: Split) -> None:
+    """Claim the folder for this run, or find that it is its own."""
+    identity = run.identity() | {
+        "classes": train.classes,
+        "train_images": len(train),
+        "val_images": len(val),
     }
     _compare(run.out, identity)
     _claim(run.out, identity)
+
+
+def _make(run: Run, train: Split, share: Share) -> tuple[TrainingModule, str]:
+    """Return the model to train, equal in all processes, and what it starts from, if anything."""
     torch.manual_seed(run.recipe.seed)
-    model = create_model(run.architecture, len(train_split.classes))
-    augmentation = Augmentation(run.preprocess.mean, run.preprocess.std)
-    module = TrainingModule(model, augmentation, run.recipe)
-    clock = _Progress()
-    best = _fit(run, module, clock, train_split.to(target), val_split.to(target), progress)
-    return _export(run, best, clock, train_split, val_split, target)
+    model: nn.Module = create_model(run.architecture, len(train.classes))
+    started = ""
+    if run.init is not None:
+        started = start_from(model, run.initial(), train.classes, multi_label=train.multi_label)
+    strengths = run.recipe.augmentation
+    augmentation = Augmentation(run.preprocess.mean, run.preprocess.std, strengths, share)
+    weights = class_weights(train.labels, len(train.classes), run.recipe.class_weighting)
+    return TrainingModule(model, augmentation, run.recipe, weights), started
+
+
+@contextmanager
+def _memory(run: Run, kind: str) -> Iterator[None]:
+    """Say what to do where memory runs out."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        short = isinstance(error, MemoryError | torch.OutOfMemoryError)
+        if not short and not any(words in str(error) for words in _NO_MEMORY):
+            raise
+        raise TrainingError(
+            f"out of memory on {kind} with batch_size {run.recipe.batch_size} and input_size "
+            f"{run.preprocess.input_size}",
+            "a batch and images that fit",
+            "use a smaller --batch-size or --input-size; epochs that were finished are kept",
+        ) from error
 
 
 def _device(name: str) -> torch.device:
@@ -196,6 +226,21 @@ def _device(name: str) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise BackendError("device 'cuda' is not here", "an NVIDIA GPU", "use --device cpu")
     return torch.device(name)
+
+
+def _check_devices(devices: int, target: torch.device, recipe: Recipe) -> None:
+    if devices < 1:
+        raise UsageError(f"devices {devices}", "at least 1", "give another number")
+    if target.type == "cuda" and devices > torch.cuda.device_count():
+        raise BackendError(
+            f"devices {devices}", f"at most the {torch.cuda.device_count()} GPUs here", "use fewer"
+        )
+    if recipe.batch_size % devices or recipe.batch_size < 2 * devices:
+        raise UsageError(
+            f"batch_size {recipe.batch_size} on {devices} devices",
+            "a multiple of the devices, at least 2 images on each",
+            f"use a --batch-size such as {max(2, -(-recipe.batch_size // devices)) * devices}",
+        )
 
 
 def _compare_classes(train: Split, val: Split) -> None:
@@ -218,8 +263,10 @@ def _compare(out: Path, identity: dict[str, Any]) -> None:
                 f"{out / RESULT} is not from a run in {out}", "a new folder", "give another --out"
             )
         return
-    found = json.loads(path.read_text(encoding="utf-8"))
-    wanted = json.loads(json.dumps(identity))
+    if not (out / f"{STATE}.ckpt").exists() and not (out / RESULT).exists():
+        return  # no epoch was finished: there is nothing that other settings could spoil
+    found = _flat(json.loads(path.read_text(encoding="utf-8")))
+    wanted = _flat(json.loads(json.dumps(identity)))
     different = [
         f"{name} {found.get(name)!r} and not {wanted[name]!r}"
         for name in wanted
@@ -231,6 +278,11 @@ def _compare(out: Path, identity: dict[str, Any]) -> None:
             "the settings and images it was begun with, to resume it",
             "repeat these, or give another --out",
         )
+
+
+def _flat(identity: dict[str, Any]) -> dict[str, Any]:
+    augmentation: dict[str, Any] = identity.get("augmentation", {})
+    return {k: v for k, v in identity.items() if k != "augmentation"} | augmentation
 
 
 def _claim(out: Path, identity: dict[str, Any]) -> None:
@@ -245,77 +297,16 @@ def _claim(out: Path, identity: dict[str, Any]) -> None:
         ) from error
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence what Lightning says about choices made here on purpose, and its advertisements."""
-    loggers = [logging.getLogger(name) for name in ("pytorch_lightning", "lightning_fabric")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Checkpoint directory .* is not empty", UserWarning)
-            warnings.filterwarnings("ignore", "GPU available but not used", UserWarning)
-            # Lightning's own use of what torch has renamed.
-            warnings.filterwarnings("ignore", ".*LeafSpec.* is deprecated", FutureWarning)
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
-
-
-@contextmanager
-def _stoppable() -> Iterator[None]:
-    """Let a stopped run end as stopped: Lightning exits by itself, with status 0 after SIGTERM."""
-    try:
-        yield
-    except SIGTERMException as stop:
-        raise SystemExit(128 + signal.SIGTERM) from stop
-    except SystemExit as stop:
-        if isinstance(stop.__context__, KeyboardInterrupt):
-            raise KeyboardInterrupt from stop
-        raise
-
-
-def _fit(
-    run: Run, module: TrainingModule, clock: _Progress, train: Split, val: Split, progress: bool
-) -> Path:
-    """Run the loop and return the file of the best epoch's state."""
-    keep = _Keep(run.out, filename=BEST, monitor=_MONITOR, mode="max", enable_version_counter=False)
-    # A callback of its own: beside a score, Lightning writes the last state after the best only.
-    last = _Keep(run.out, filename=STATE, enable_version_counter=False)
-    callbacks: list[Callback] = [keep, last, clock]
-    if progress:
-        callbacks.append(TQDMProgressBar(refresh_rate=10))
-    batches = Batches(train, run.recipe.batch_size, run.recipe.seed)
-    state = run.out / f"{STATE}.ckpt"
-    with _quiet(), _stoppable():
-        trainer = pl.Trainer(
-            accelerator=train.pixels.device.type.replace("cuda", "gpu"),
-            devices=1,
-            precision="bf16-mixed" if train.pixels.is_cuda else "32-true",
-            max_epochs=run.recipe.epochs,
-            gradient_clip_val=run.recipe.clip_norm,
-            callbacks=callbacks,
-            logger=CSVLogger(run.out, name=LOG),  # a part for each start
-            enable_progress_bar=progress,
-            enable_model_summary=False,
-            num_sanity_val_steps=0,
-            log_every_n_steps=min(20, len(batches)),
-        )
-        trainer.fit(
-            module,
-            batches,
-            Batches(val, _VALIDATION_BATCH, None),
-            ckpt_path=state if state.exists() else None,
-            weights_only=True,
-        )
-    return run.out / f"{BEST}.ckpt"
-
-
 def _export(
-    run: Run, best: Path, clock: _Progress, train: Split, val: Split, device: torch.device
-) -> Checkpoint:
+    run: Run,
+    best: Path,
+    clock: Progress,
+    splits: tuple[Split, Split],
+    device: torch.device,
+    devices: int,
+    started: str,
+) -> None:
+    train, val = splits
     saved = torch.load(best, map_location="cpu", weights_only=True)
     prefix = "average.module."
     weights = {
@@ -323,25 +314,24 @@ def _export(
         for key, tensor in saved["state_dict"].items()
         if key.startswith(prefix)
     }
-    scores = next(
-        state for state in saved["callbacks"].values() if state.get("monitor") == _MONITOR
-    )
+    scores = next(state for state in saved["callbacks"].values() if state.get("monitor") == MONITOR)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     metrics = {
         "val_accuracy": round(float(scores["best_model_score"]), 5),
         "val_images": len(val),
         "train_images": len(train),
         "best_epoch": int(saved["epoch"]) + 1,
-        "epochs": run.recipe.epochs,
+        "epochs": clock.epochs,
         "minutes": round(clock.seconds / 60, 1),
         "images_per_second": round(clock.images / max(clock.seconds, 1e-9)),
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else "CPU",
+        "device": name if devices == 1 else f"{devices} x {name}",
         "seed": run.recipe.seed,
         "torch": torch.__version__,
     }
+    if run.init is not None:
+        metrics["init"] = f"{run.initial().config.weights_sha256}, {started}"
     config = run.config(train.classes, metrics, multi_label=train.multi_label)
-    return save_checkpoint(
-        run.out / RESULT, config, weights, model_card(config, run.recipe), half=True
-    )
+    save_checkpoint(run.out / RESULT, config, weights, model_card(config, run.recipe), half=True)
 
 
 def _describe_anew(run: Run, checkpoint: Checkpoint) -> Checkpoint:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mambamic.models import create_model, set_scan_backend
 from mambamic.training.augment import Augmentation
@@ -55,7 +55,8 @@ def make_step(
         with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
             loss = module.loss(pixels, labels)
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_norm)
+        module.note(loss)
+        module.note(module.clip())
         optimizer.step()
         module.average.update_parameters(model)
         return loss.detach()

@@ -1,11 +1,13 @@
-// Augmentation of training images in one pass: warp, colour and normalisation.
+// Augmentation of training images in one pass: warp, stain, colour and normalisation.
 //
-// pixels (B, side, side, 3) bytes; out (B, side, side, 3) float32. settings (B, 10): the affine
-// map from a place (column, row) of the result to one of the image, row by row, then what
+// pixels (B, side, side, 3) bytes; out (B, side, side, 3) float32. settings (B, 22): the affine
+// map from a place (column, row) of the result to one of the image, row by row; then what
 // brightness, contrast, saturation and hue change by: a summand, two factors, and a part of the
-// colour circle. Places outside are reflected at the border, between places it is bilinear.
+// colour circle; then the affine map of the three optical densities, 3 x 4, row by row. Places
+// outside are reflected at the border, between places it is bilinear.
 
-#define SETTINGS 10
+#define SETTINGS 22
+#define STAIN (1 << 8)  // in `order`: the optical densities are mapped
 
 // A coordinate reflected at the outer edges of the first and the last pixel.
 __device__ __forceinline__ float reflected(float v, int side) {
@@ -40,6 +42,19 @@ __device__ __forceinline__ void turn_hue(float (&rgb)[3], float turn) {
     }
 }
 
+// Optical density is what a stain adds to, in proportion to its amount (Beer and Lambert).
+__device__ __forceinline__ void change_stain(float (&rgb)[3], const float* __restrict__ map) {
+    float density[3];
+#pragma unroll
+    for (int c = 0; c < 3; ++c) density[c] = -logf(fmaxf(rgb[c], 1.f / 255.f));
+#pragma unroll
+    for (int c = 0; c < 3; ++c) {
+        const float* row = map + 4 * c;
+        rgb[c] = __saturatef(
+            expf(-(row[0] * density[0] + row[1] * density[1] + row[2] * density[2] + row[3])));
+    }
+}
+
 extern "C" __global__ void __launch_bounds__(256)
 augment(const unsigned char* __restrict__ pixels, const float* __restrict__ settings,
         const float* __restrict__ scale, const float* __restrict__ shift, float* __restrict__ out,
@@ -63,6 +78,7 @@ augment(const unsigned char* __restrict__ pixels, const float* __restrict__ sett
                             image[(bottom * side + right) * 3 + c] * across;
         rgb[c] = (upper * (1.f - down) + lower * down) * (1.f / 255.f);
     }
+    if (order & STAIN) change_stain(rgb, own + 10);
     for (int step = 0; step < 4; ++step) {
         const int kind = order >> 2 * step & 3;
         const float change = own[6 + kind];

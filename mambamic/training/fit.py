@@ -1,0 +1,185 @@
+"""Lightning's loop, with what a run needs around it: states to resume from, logs, clear ends."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import (
+    Callback,
+    EarlyStopping,
+    ModelCheckpoint,
+    TQDMProgressBar,
+)
+from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
+from pytorch_lightning.utilities.exceptions import SIGTERMException
+
+from mambamic.training.data import Batches, Split
+from mambamic.training.module import TrainingModule
+from mambamic.training.ranks import Together
+
+STATE, BEST = "last", "best"  # Lightning adds .ckpt
+LOG, CURVES = "log", "tensorboard"
+MONITOR = "val_accuracy"
+_VALIDATION_BATCH = 256
+
+
+class _Keep(ModelCheckpoint):
+    """Keeps a state, and knows it again where the folder of a stopped run was moved."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        folder = str(self.dirpath)
+        paths = ("best_model_path", "kth_best_model_path", "last_model_path")
+        moved = {name: _moved(state_dict[name], folder) for name in paths}
+        scores = {_moved(k, folder): score for k, score in state_dict["best_k_models"].items()}
+        super().load_state_dict(
+            {**state_dict, **moved, "best_k_models": scores, "dirpath": self.dirpath}
+        )
+
+
+def _moved(path: str, folder: str) -> str:
+    return str(Path(folder, Path(path).name)) if path else ""
+
+
+class _Patience(EarlyStopping):
+    """Ends a run, also one that was stopped after its end and before its result was written."""
+
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        if self.wait_count >= self.patience:
+            trainer.should_stop = True
+
+
+class Progress(Callback):
+    """Count what the model card reports: epochs, images and seconds, over all parts of a run."""
+
+    def __init__(self, ranks: int = 1) -> None:
+        self.seconds = 0.0
+        self.images = self.epochs = 0
+        self._ranks = ranks
+        self._since = 0.0
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Begin to count."""
+        self._since = time.perf_counter()
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, module: pl.LightningModule, *args: object
+    ) -> None:
+        """Count a batch's images, of all processes."""
+        batch = args[1]
+        assert isinstance(batch, tuple | list)
+        self.images += len(batch[0]) * self._ranks
+
+    def on_validation_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Stop counting, when the device has done all."""
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.seconds += time.perf_counter() - self._since
+        self.epochs += 1
+
+    def state_dict(self) -> dict[str, float]:
+        """Return what a resumed run goes on from."""
+        return {"seconds": self.seconds, "images": self.images, "epochs": self.epochs}
+
+    def load_state_dict(self, state_dict: dict[str, float]) -> None:
+        """Go on from a stopped run."""
+        self.seconds = state_dict["seconds"]
+        self.images, self.epochs = int(state_dict["images"]), int(state_dict["epochs"])
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silence what Lightning says about choices made here on purpose, and its advertisements."""
+    loggers = [logging.getLogger(name) for name in ("pytorch_lightning", "lightning_fabric")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Checkpoint directory .* is not empty", UserWarning)
+            warnings.filterwarnings("ignore", "GPU available but not used", UserWarning)
+            # Lightning's own use of what torch has renamed.
+            warnings.filterwarnings("ignore", ".*LeafSpec.* is deprecated", FutureWarning)
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    """Let a stopped run end as stopped: Lightning exits by itself, with status 0 after SIGTERM."""
+    try:
+        yield
+    except SIGTERMException as stop:
+        raise SystemExit(128 + signal.SIGTERM) from stop
+    except SystemExit as stop:
+        if isinstance(stop.__context__, KeyboardInterrupt):
+            raise KeyboardInterrupt from stop
+        raise
+
+
+def fit(
+    out: Path, module: TrainingModule, clock: Progress, train: Split, val: Split, progress: bool
+) -> Path:
+    """Run the loop in this process's share of a run and return the file of the best epoch's state.
+
+    Args:
+        out: Where states and logs go.
+        module: What is trained.
+        clock: Counts.
+        train: The images, on the device.
+        val: Of the images that choose the epoch.
+        progress: Whether to show progress bars.
+    """
+    recipe, share, device = module.recipe, module.share, train.pixels.device
+    several = share.ranks > 1
+    batches = Batches(train, recipe.batch_size, recipe.seed, share)
+    curves = CSVLogger(out, name=LOG)  # a part for each start
+    state = out / f"{STATE}.ckpt"
+    with quiet(), _stoppable():
+        trainer = pl.Trainer(
+            accelerator=device.type.replace("cuda", "gpu"),
+            devices=share.ranks,
+            strategy=Together(share) if several else "auto",
+            use_distributed_sampler=False,  # batches know their share
+            precision="bf16-mixed" if train.pixels.is_cuda else "32-true",
+            max_epochs=recipe.epochs,
+            callbacks=_callbacks(out, clock, recipe.patience, progress and share.rank == 0),
+            logger=[
+                curves,
+                TensorBoardLogger(out, CURVES, curves.version, default_hp_metric=False),
+            ],
+            enable_progress_bar=progress and share.rank == 0,
+            enable_model_summary=False,
+            num_sanity_val_steps=0,
+            log_every_n_steps=min(20, len(batches)),
+        )
+        trainer.fit(
+            module,
+            batches,
+            Batches(val, _VALIDATION_BATCH, None, share),
+            ckpt_path=state if state.exists() else None,
+            weights_only=True,
+        )
+    return out / f"{BEST}.ckpt"
+
+
+def _callbacks(out: Path, clock: Progress, patience: int, bar: bool) -> list[Callback]:
+    best = _Keep(out, filename=BEST, monitor=MONITOR, mode="max", enable_version_counter=False)
+    # A callback of its own: beside a score, Lightning writes the last state after the best only.
+    last = _Keep(out, filename=STATE, enable_version_counter=False)
+    callbacks: list[Callback] = [best, last, clock]
+    if patience:
+        callbacks.append(_Patience("val_loss", patience=patience))
+    if bar:
+        callbacks.append(TQDMProgressBar(refresh_rate=10))
+    return callbacks
