@@ -84,5 +84,5 @@ def test_errors_name_the_file_and_the_key(text: str, problem: str, tmp_path: Pat
 def test_a_recipe_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="recipe 'paper'; expected one of microscopy, published"):
         read_recipe("paper")
-    with pytest.raises(UsageError, match="missing.toml"):
+    with pytest.raises(UsageError, match=r"missing\.toml"):
         read_recipe(tmp_path / "missing.toml")

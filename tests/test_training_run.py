@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -19,14 +20,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mambamic import Classifier
 from mambamic.checkpoint import load_checkpoint
 from mambamic.cli import main
-from mambamic.errors import BackendError, DataError, UsageError
+from mambamic.errors import BackendError, DataError, TrainingError, UsageError
 from mambamic.preprocess import Preprocess
 from mambamic.training.data import load_split
-from mambamic.training.recipe import Recipe
+from mambamic.training.recipe import Recipe, Strengths
 from mambamic.training.run import Run, train
 
 SIZE = 32
@@ -72,9 +74,9 @@ def command(data: Path, out: Path) -> list[str]:
     ]
 
 
-def start(data: Path, out: Path) -> subprocess.Popen[str]:
+def start(data: Path, out: Path, *more: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-m", "mambamic", *command(data, out)],
+        [sys.executable, "-m", "mambamic", *command(data, out), *more],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -154,7 +156,9 @@ def test_the_run_says_what_it_was(finished: Path) -> None:
     stated = json.loads((finished / "run.json").read_text())
     assert stated["architecture"] == "mambamic_t"
     assert stated["classes"] == ["blood", "stain"]
-    assert {name: stated[name] for name in RECIPE.as_dict()} == RECIPE.as_dict()
+    expected = json.loads(json.dumps(RECIPE.as_dict()))
+    assert {name: stated[name] for name in expected} == expected
+    assert stated["augmentation"]["stain"] == 0.05
 
 
 def test_the_card(finished: Path) -> None:
@@ -164,6 +168,8 @@ def test_the_card(finished: Path) -> None:
         "- Classes: blood, stain",
         "- Input: the whole image resized to 32 x 32 (bilinear)",
         "| ema_decay | 0.5 |",
+        "| stain | 0.05 |",
+        "Started from: random weights",
         "| validation (used to choose the epoch) | 6 | 1.0000 |",
     ):
         assert line in card.splitlines()
@@ -197,6 +203,208 @@ def test_stopped_in_every_way_it_ends_as_if_never_stopped(
     assert expected.keys() == found.keys()
     for key in expected:
         torch.testing.assert_close(found[key], expected[key], msg=key)
+
+
+def measured(out: Path) -> dict[str, Any]:
+    """What the result says of itself, apart from how long it took."""
+    metrics = load_checkpoint(out / "checkpoint").config.metrics
+    return {k: v for k, v in metrics.items() if k not in ("minutes", "images_per_second")}
+
+
+def test_killed_at_any_moment_it_ends_with_the_very_same_numbers(
+    data: Path, finished: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "killed"
+    seed = random.randrange(10**6)
+    moments = random.Random(seed)
+    process = start(data, out)
+    while not (out / "run.json").exists():  # from here on, training takes a few seconds
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.005)
+    for _ in range(3):
+        time.sleep(moments.uniform(0, 4))
+        process.kill()
+        process.communicate()
+        process = start(data, out)
+        time.sleep(2)  # at the least, to begin at all
+    _, stderr = process.communicate(timeout=120)
+    assert (process.returncode, stderr) == (0, "")
+    assert measured(out) == measured(finished), seed
+    expected, found = state(finished)["state_dict"], state(out)["state_dict"]
+    assert expected.keys() == found.keys()
+    assert [key for key in expected if not torch.equal(expected[key], found[key])] == [], seed
+    weights = [(path / "checkpoint/model.safetensors").read_bytes() for path in (finished, out)]
+    assert weights[0] == weights[1], seed
+
+
+def test_stopped_on_two_devices_it_goes_on_with_one(data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "several"
+    process = start(data, out, "--devices", "2")
+    stop_after_an_epoch(process, out, signal.SIGTERM)
+    stdout, stderr = process.communicate(timeout=120)
+    hint = "stopped; the same command goes on after the last finished epoch\n"
+    assert (process.returncode, stdout, stderr) == (143, "", hint)
+    done = epochs_done(out)
+    checkpoint = train(run_in(data, out), device="cpu", progress=False)
+    assert epochs_logged(out) == [list(range(done)), list(range(done, 6))]
+    assert checkpoint.config.metrics["epochs"] == 6
+    assert state(out)["callbacks"]["Progress"]["images"] == 6 * 8
+
+
+def test_two_devices_to_the_end(data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "two"
+    checkpoint = train(run_in(data, out), device="cpu", devices=2, progress=False)
+    assert checkpoint.config.metrics["device"] == "2 x CPU"
+    assert checkpoint.config.metrics["val_accuracy"] > 0.9
+    assert epochs_logged(out) == [list(range(6))]
+
+
+def test_batches_that_devices_cannot_share(data: Path, tmp_path: Path) -> None:
+    message = "batch_size 4 on 3 devices; expected a multiple .* such as 6$"
+    with pytest.raises(UsageError, match=message):
+        train(run_in(data, tmp_path / "out"), device="cpu", devices=3, progress=False)
+
+
+def test_a_learning_rate_that_is_too_large(data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    wild = replace(RECIPE, learning_rate=1e30, clip_norm=0.0, warmup_epochs=0)
+    with pytest.raises(TrainingError, match=r"epoch \d .*1e\+30.*smaller --learning-rate"):
+        train(run_in(data, out, recipe=wild), device="cpu", progress=False)
+    assert not (out / "checkpoint").exists()
+    assert not (out / "last.ckpt").exists(), "a state without a future is kept"
+    # Nothing was finished: the folder may be used with other settings.
+    tame = replace(RECIPE, epochs=2)
+    assert train(run_in(data, out, recipe=tame), device="cpu", progress=False).path.exists()
+
+
+def test_a_late_failure_keeps_the_last_good_state(
+    data: Path, finished: Path, tmp_path: Path
+) -> None:
+    out = shutil.copytree(finished, tmp_path / "copy")
+    shutil.rmtree(out / "checkpoint")
+    # As if it had been stopped after four of six epochs, and diverged when it went on.
+    run = run_in(data, out)
+    process = start(data, tmp_path / "stopped")
+    stop_after_an_epoch(process, tmp_path / "stopped", signal.SIGKILL)
+    process.communicate()
+    saved = state(tmp_path / "stopped")
+    shutil.copy(tmp_path / "stopped/best.ckpt", out / "best.ckpt")
+    whole = {**saved, "state_dict": dict(saved["state_dict"])}
+    whole["state_dict"]["model.head.bias"] = whole["state_dict"]["model.head.bias"] + torch.nan
+    torch.save(whole, out / "last.ckpt")
+    epoch = int(saved["epoch"]) + 2
+    with pytest.raises(TrainingError, match=f"since step 1 of epoch {epoch} "):
+        train(run, device="cpu", progress=False)
+    assert epochs_done(out) == epoch - 1, "a state that is no good was kept"
+    torch.save(saved, out / "last.ckpt")
+    train(run, device="cpu", progress=False)
+    assert measured(out)["epochs"] == 6
+
+
+_SHORT_OF_MEMORY = """
+import resource, sys, threading
+from mambamic.cli import main
+from mambamic.cli import train_command  # and all that it imports
+import mambamic.training.run, pytorch_lightning
+import torch
+torch.set_num_threads(1)
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+limit = used + 600 * 2**20
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_out_of_memory_says_what_to_make_smaller(data: Path, tmp_path: Path) -> None:
+    call = [*command(data, tmp_path / "out"), "--input-size", "512", "--batch-size", "8"]
+    done = subprocess.run(
+        [sys.executable, "-c", _SHORT_OF_MEMORY, *call], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 1, done.stderr
+    assert done.stdout == ""
+    said = "mambamic train: out of memory on cpu with batch_size 8 and input_size 512; expected "
+    assert said in done.stderr
+    assert "smaller --batch-size or --input-size" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_starts_from_a_checkpoint_with_a_new_head(
+    data: Path, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = shutil.copytree(data, tmp_path / "other")
+    for split in ("train", "val"):
+        shutil.copytree(other / split / "blood", other / split / "third")
+    base = load_checkpoint(finished / "checkpoint")
+    run = run_in(other, tmp_path / "out", init=base.path, recipe=replace(RECIPE, epochs=2))
+    checkpoint = train(run, device="cpu")
+    said = f"starting from {base.path}, with a new head: it had 2 other classes, now 3"
+    assert said in capsys.readouterr().err
+    assert checkpoint.config.classes == ("blood", "stain", "third")
+    stated = json.loads((tmp_path / "out/run.json").read_text())
+    assert stated["init"] == base.config.weights_sha256
+    assert f"Started from: {base.config.weights_sha256}, with a new head" in checkpoint.card()
+    with pytest.raises(UsageError, match=r"init '.*' and not None"):
+        train(replace(run, init=None), device="cpu", progress=False)
+
+
+def test_starts_from_a_checkpoint_with_its_head(data: Path, finished: Path, tmp_path: Path) -> None:
+    """At a rate of next to nothing the weights stay those of the checkpoint."""
+    base = load_checkpoint(finished / "checkpoint")
+    still = replace(RECIPE, epochs=1, warmup_epochs=0, learning_rate=1e-12)
+    run = run_in(data, tmp_path / "out", init=base.path, recipe=still)
+    checkpoint = train(run, device="cpu", progress=False)
+    assert "with its head of 2 classes" in checkpoint.card()
+    before, after = base.state_dict(), checkpoint.state_dict()
+    for key in ("head.weight", "head.bias"):
+        torch.testing.assert_close(after[key], before[key], rtol=1e-3, atol=1e-5)
+
+
+def test_starts_from_no_other_architecture(data: Path, finished: Path, tmp_path: Path) -> None:
+    run = run_in(data, tmp_path, architecture="medmamba_t", init=finished / "checkpoint")
+    with pytest.raises(UsageError, match="is a mambamic_t; expected a checkpoint of medmamba_t"):
+        train(run, device="cpu", progress=False)
+
+
+def test_classes_in_the_order_asked_for(data: Path, tmp_path: Path) -> None:
+    call = [*command(data, tmp_path / "out"), "--epochs", "2", "--classes", "stain", "blood"]
+    assert main(call) == 0
+    assert load_checkpoint(tmp_path / "out/checkpoint").config.classes == ("stain", "blood")
+
+
+def test_patience_ends_a_run_for_good(data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    # At this rate the loss rises at once.
+    recipe = replace(RECIPE, patience=1, learning_rate=1e-12, epochs=50, ema_decay=0.0)
+    checkpoint = train(run_in(data, out, recipe=recipe), device="cpu", progress=False)
+    epochs = checkpoint.config.metrics["epochs"]
+    assert epochs < 50
+    shutil.rmtree(out / "checkpoint")
+    again = train(run_in(data, out, recipe=recipe), device="cpu", progress=False)
+    assert again.config == checkpoint.config
+    assert epochs_logged(out) == [list(range(epochs))]
+
+
+def test_a_recipe_file(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    mine = tmp_path / "mine.toml"
+    mine.write_text("epochs = 50\nclass_weighting = 'balanced'\n[augmentation]\nstain = 0.0\n")
+    call = [*command(data, tmp_path / "out"), "--recipe", str(mine), "--epochs", "2", "--hue", "0"]
+    assert main(call) == 0
+    stated = json.loads((tmp_path / "out/run.json").read_text())
+    assert (stated["epochs"], stated["class_weighting"]) == (2, "balanced")
+    assert (stated["augmentation"]["stain"], stated["augmentation"]["hue"]) == (0.0, 0.0)
+    mine.write_text("epoch = 50")
+    capsys.readouterr()
+    assert main(call) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"mambamic train: {mine}: unknown key 'epoch'; expected one of epochs")
+
+
+def test_curves_for_tensorboard(finished: Path) -> None:
+    events = EventAccumulator(str(next(finished.glob("tensorboard/version_0"))))
+    events.Reload()
+    with next(finished.glob("log/*/metrics.csv")).open() as file:
+        scores = [float(row["val_accuracy"]) for row in csv.DictReader(file) if row["val_accuracy"]]
+    assert [event.value for event in events.Scalars("val_accuracy")] == pytest.approx(scores)
 
 
 def test_a_finished_run_is_not_repeated(
@@ -233,6 +441,10 @@ def test_a_lost_result_is_written_again(data: Path, finished: Path, tmp_path: Pa
     [
         ({"recipe": replace(RECIPE, epochs=7)}, "holds a run with epochs 6 and not 7; expected"),
         ({"recipe": replace(RECIPE, seed=1)}, "seed 0 and not 1"),
+        (
+            {"recipe": replace(RECIPE, augmentation=Strengths(stain=0.3))},
+            "with stain 0.05 and not 0.3; expected",
+        ),
         ({"architecture": "mambamic_s"}, "architecture 'mambamic_t' and not 'mambamic_s'"),
         (
             {"preprocess": Preprocess(64, resize="shorter_side")},
@@ -305,9 +517,11 @@ def test_help_has_an_example(capsys: pytest.CaptureFixture[str]) -> None:
         main(["train", "--help"])
     assert status.value.code == 0
     out = capsys.readouterr().out
-    assert "example:\n  mambamic train " in out
+    assert "examples:\n  mambamic train " in out
     assert "exit status" in out
-    assert all("--" + name.replace("_", "-") in out for name in RECIPE.as_dict())
+    stated = RECIPE.as_dict()
+    settings = [*stated.pop("augmentation"), *stated]
+    assert [name for name in settings if "--" + name.replace("_", "-") not in out] == []
 
 
 @pytest.mark.parametrize(

@@ -30,12 +30,13 @@ examples:
 
 exit status: 0 trained, 1 something failed, 2 the call is wrong, 130 or 143 stopped
 """
+_NUMBERS = {2: ("LOW", "HIGH"), 3: ("R", "G", "B")}
 _INPUT = {
     "input_size": "side of the model's input in pixels",
     "resize": "stretch or shorter_side",
     "interpolation": "bilinear or bicubic",
     "mean": "of red, green and blue, from 0 to 1 (mambamic data stats)",
-    "std": "likewise",
+    "std": "deviation, likewise",
 }
 
 
@@ -86,7 +87,7 @@ def _add(group: argparse._ArgumentGroup, setting: Field[Any]) -> None:
         "--" + setting.name.replace("_", "-"),
         type=float if several else type(default),
         nargs=len(default) if several else None,
-        metavar=("LOW", "HIGH", "")[: len(default)] if several else None,
+        metavar=_NUMBERS[len(default)] if several else None,
         default=argparse.SUPPRESS,
         help=f"{about} ({shown})",
     )

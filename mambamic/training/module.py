@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Adam, AdamW, Optimizer
 from torch.optim.swa_utils import AveragedModel
+from torchmetrics import MeanMetric
 
 from mambamic.errors import TrainingError
 from mambamic.training.augment import Augmentation
@@ -109,6 +110,8 @@ class TrainingModule(pl.LightningModule):
         self.model, self.augmentation, self.recipe = model, augmentation, recipe
         self.share = augmentation.share
         self.average = MovingAverage(model, recipe.ema_decay)
+        # Over all processes, whose shares may differ in size by an image.
+        self.val_loss, self.val_accuracy = MeanMetric(), MeanMetric()
         self.to_capture = os.environ.get(GRAPHS) != "0"  # at the first step on a GPU
         self.register_buffer("weights", weights, persistent=False)
         # The first step with a number that is not finite; on the device, which nobody waits for.
@@ -190,8 +193,14 @@ class TrainingModule(pl.LightningModule):
         """Score the averaged model on one batch."""
         pixels, labels = batch
         logits = self.average(self.augmentation(pixels)).float()
-        scores = {"val_loss": criterion(logits, labels), "val_accuracy": accuracy(logits, labels)}
-        self.log_dict(scores, batch_size=labels.shape[0], prog_bar=True, sync_dist=True)
+        size = labels.shape[0]
+        self.val_loss.update(criterion(logits, labels), size)
+        self.val_accuracy.update(accuracy(logits, labels), size)
+        self.log_dict(
+            {"val_loss": self.val_loss, "val_accuracy": self.val_accuracy},
+            batch_size=size,
+            prog_bar=True,
+        )
 
     def optimizer(self) -> Optimizer:
         """Return the optimiser at the full rate; group 1 is what is exempt from weight decay."""

@@ -19,6 +19,7 @@ import torch
 from lightning_fabric.plugins.environments.lightning import LightningEnvironment
 from pytorch_lightning.strategies import DDPStrategy
 from torch import Tensor, distributed
+from tqdm import tqdm
 
 from mambamic.errors import MambamicError, TrainingError
 from mambamic.training.share import Share
@@ -160,6 +161,8 @@ def _one(
 ) -> None:
     """Do the work in this new process, and tell the parent what goes wrong."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    # Its own lock is one between processes, which would be left behind where this one is killed.
+    tqdm.set_lock(threading.RLock())
     try:
         _join(share, kind, meeting)
         work(share)
