@@ -108,6 +108,8 @@ def quiet() -> Iterator[None]:
             warnings.filterwarnings("ignore", "GPU available but not used", UserWarning)
             # Lightning's own use of what torch has renamed.
             warnings.filterwarnings("ignore", ".*LeafSpec.* is deprecated", FutureWarning)
+            # Said once by torch's thread for backward passes, which makes the context then.
+            warnings.filterwarnings("ignore", "Attempting to run cuBLAS", UserWarning)
             yield
     finally:
         for logger, level in zip(loggers, levels, strict=True):

@@ -65,11 +65,11 @@ class Strengths:
         default=1.0, metadata=_within("probability of 0 to 3 quarter turns, which blur nothing")
     )
     affine: float = field(
-        default=0.8, metadata=_within("probability of what rotation, scale and shift do")
+        default=0.5, metadata=_within("probability of what rotation, scale and shift do")
     )
     rotation: float = field(default=180.0, metadata=_within("degrees to either side", 180))
     scale: Pair = field(
-        default=(0.8, 1.2), metadata=_span("factors between which the size changes", 10)
+        default=(0.9, 1.1), metadata=_span("factors between which the size changes", 10)
     )
     shift: float = field(default=0.06, metadata=_within("share of the side, in either direction"))
     stain: float = field(
@@ -77,14 +77,14 @@ class Strengths:
     )
     colour: float = field(default=0.8, metadata=_within("probability of what the next four do"))
     brightness: float = field(
-        default=0.2, metadata=_within("added to or taken from all channels, at most")
+        default=0.15, metadata=_within("added to or taken from all channels, at most")
     )
     contrast: float = field(
-        default=0.2, metadata=_within("change of the factor of all channels, at most")
+        default=0.15, metadata=_within("change of the factor of all channels, at most")
     )
-    saturation: float = field(default=0.2, metadata=_within("change of the saturation, at most"))
+    saturation: float = field(default=0.15, metadata=_within("change of the saturation, at most"))
     hue: float = field(
-        default=0.03, metadata=_within("turn of the hue, as a share of the circle, at most", 0.5)
+        default=0.02, metadata=_within("turn of the hue, as a share of the circle, at most", 0.5)
     )
 
     def __post_init__(self) -> None:
@@ -99,12 +99,12 @@ class Recipe:
     Each field's metadata says what it is.
     """
 
-    epochs: int = field(default=42, metadata=_least("passes over the training images", 1))
+    epochs: int = field(default=46, metadata=_least("passes over the training images", 1))
     warmup_epochs: int = field(
         default=3, metadata=_least("of these, with a rising learning rate", 0)
     )
     batch_size: int = field(
-        default=256,
+        default=128,
         metadata=_as(
             "images per step, over all devices",
             "at least 2 (batch normalisation needs them)",
@@ -113,7 +113,7 @@ class Recipe:
     )
     optimiser: str = field(default="adamw", metadata=_choice("of the weights", "adamw", "adam"))
     learning_rate: float = field(
-        default=1.5e-3,
+        default=1.2e-3,
         metadata=_as(
             "at the end of the warm-up", "more than 0", lambda value: 0 < value < math.inf
         ),
@@ -141,7 +141,7 @@ class Recipe:
         default=1.0, metadata=_least("largest norm of the gradient, 0 for any", 0)
     )
     ema_decay: float = field(
-        default=0.99,
+        default=0.995,
         metadata=_fraction("per step, of the moving average of the weights; 0 for none"),
     )
     class_weighting: str = field(
