@@ -20,7 +20,8 @@ from benchmarks.common import write
 from benchmarks.table import ROOT
 from mambamic.checkpoint import load_checkpoint
 from mambamic.evaluation.run import METRICS, PREDICTIONS, Evaluation, evaluate
-from mambamic.training.run import LOG, RESULT
+from mambamic.training.fit import LOG
+from mambamic.training.run import RESULT
 
 RESULTS = ROOT / "benchmarks/results/blood_cells.json"
 _RESAMPLES = 1000
