@@ -26,17 +26,17 @@ Fields = list[tuple[str, tuple[str, bytes, str]]]
 
 
 def free_port() -> int:
-    """A port that is free together with the two after it."""
+    """A port that is free together with the three after it."""
     for port in range(20000 + os.getpid() % 8000, 60000, 7):
         with contextlib.ExitStack() as stack:
             try:
-                for number in range(port, port + 3):
+                for number in range(port, port + 4):
                     trial = stack.enter_context(socket.socket())
                     trial.bind(("127.0.0.1", number))
             except OSError:
                 continue
             return port
-    raise AssertionError("no three free ports in a row")
+    raise AssertionError("no four free ports in a row")
 
 
 def post(url: str, **what: Any) -> urllib3.BaseHTTPResponse:
