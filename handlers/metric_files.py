@@ -26,6 +26,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
+from mambamic.errors import UsageError
+
 if TYPE_CHECKING:
     from prometheus_client import Metric
 
@@ -80,8 +82,12 @@ class MetricFolder:
                 path.unlink()
             self._own = self._lock(pid).open("a")
             fcntl.flock(self._own, fcntl.LOCK_EX)
-            for kind, size in _SIZES.items():
-                _take_space(self.path / f"{kind}_{pid}.db", size)
+            try:
+                for kind, size in _SIZES.items():
+                    _take_space(self.path / f"{kind}_{pid}.db", size)
+            except OSError:
+                self.unregister()
+                raise
 
     def unregister(self) -> None:
         """Undo `register`."""
@@ -195,19 +201,22 @@ def join() -> MetricFolder | None:
 
     Returns:
         The folder, to be kept for as long as the worker is to count as living.
+
+    Raises:
+        UsageError: ``MAMBAMIC_METRICS_PORT`` is not a port.
     """
-    port = int(os.environ.get(PORT_VARIABLE, DEFAULT_PORT))
+    port = _port()
     named = os.environ.get(FOLDER_VARIABLE)
     if not named and not port:
         return None
-    folder = MetricFolder(Path(named) if named else _folder_of_server())
     try:
-        folder.path.mkdir(parents=True, exist_ok=True)
+        path = Path(named) if named else _folder_of_server()
+        path.mkdir(parents=True, exist_ok=True)
+        folder = MetricFolder(path)
         folder.register()
     except OSError as error:
         # A server without metrics is better than none.
         logger.error("no metrics of this worker: %s", error)
-        folder.unregister()
         os.environ.pop(FOLDER_VARIABLE, None)
         return None
     os.environ[FOLDER_VARIABLE] = str(folder.path)
@@ -246,6 +255,17 @@ def _export(folder: MetricFolder, port: int) -> None:
         time.sleep(SWEEP_S)
         with contextlib.suppress(OSError):
             folder.sweep()
+
+
+def _port() -> int:
+    stated = os.environ.get(PORT_VARIABLE, str(DEFAULT_PORT))
+    if not (stated.isascii() and stated.isdecimal() and int(stated) < 1 << 16):
+        raise UsageError(
+            f"{PORT_VARIABLE}={stated!r}",
+            "a port, or 0 for no metrics",
+            "set it to a free port of this machine, or unset it",
+        )
+    return int(stated)
 
 
 def _folder_of_server() -> Path:

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from prometheus_client.mmap_dict import MmapedDict
 
+from mambamic.errors import UsageError
 from mambamic.handlers import metric_files
 from mambamic.handlers.metric_files import MetricFolder
 
@@ -211,6 +212,13 @@ def test_a_merged_file_is_no_larger_than_it_has_to_be(tmp_path: Path) -> None:
     assert (tmp_path / "counter_merged.db").stat().st_size < 2**15
     (metric,) = folder.collect()
     assert [sample.value for sample in metric.samples] == [2] * 100
+
+
+@pytest.mark.parametrize("stated", ["", "metrics", "65536", "-1", "8083.5"])
+def test_a_port_that_is_none_is_named(monkeypatch: pytest.MonkeyPatch, stated: str) -> None:
+    monkeypatch.setenv("MAMBAMIC_METRICS_PORT", stated)
+    with pytest.raises(UsageError, match=f"MAMBAMIC_METRICS_PORT='{stated}'"):
+        metric_files.join()
 
 
 def test_by_default_nothing_is_exported_where_the_port_is_0() -> None:

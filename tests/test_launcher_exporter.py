@@ -46,6 +46,7 @@ def test_it_ends_when_java_does(java: psutil.Popen, folder: ServerFolder, tmp_pa
     port = free_port()
     process = exporter.start(folder, port, java, tmp_path)
     assert wait_for(lambda: answers(port), 30)
+    assert [at.laddr for at in process.net_connections("inet")][:1] == [("127.0.0.1", port)]
     java.kill()
     assert process.wait(30) == 0
 
