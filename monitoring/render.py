@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 
 BOARD = Path(__file__).parent / "grafana" / "dashboards" / "mambamic.json"
 COLUMNS = 24  # of Grafana's grid
+CELL = (0.75, 0.37)  # of that grid, in inches
 UNITS = {"s": "seconds", "reqps": "per second", "percentunit": "share", "bytes": "GB", "short": ""}
 SCALES = {"bytes": 1e-9}
 
@@ -87,14 +88,22 @@ def points(series: dict[str, Any]) -> tuple[NDArray[np.float64], NDArray[np.floa
 
 def draw(url: str, board: dict[str, Any], span: Span, window_s: int) -> Figure:
     """Draw all panels where Grafana would put them."""
-    asked = panels(board)
-    bottom = max(panel["gridPos"]["y"] + panel["gridPos"]["h"] for panel in asked)
-    figure = Figure(figsize=(16, bottom * 0.34), dpi=80, layout="constrained")
-    grid = figure.add_gridspec(bottom, COLUMNS)
-    for panel in asked:
-        place = panel["gridPos"]
-        rows = slice(place["y"], place["y"] + place["h"])
-        axes = figure.add_subplot(grid[rows, place["x"] : place["x"] + place["w"]])
+    bottom = max(panel["gridPos"]["y"] + panel["gridPos"]["h"] for panel in board["panels"])
+    figure = Figure(figsize=(COLUMNS * CELL[0], bottom * CELL[1]), dpi=80)
+    for panel in board["panels"]:
+        left, top, width, height = (panel["gridPos"][key] for key in "xywh")
+        if panel["type"] == "row":
+            figure.text(0.005, 1 - (top + 0.7) / bottom, panel["title"], fontsize=13)
+            continue
+        # The margins hold the title, and what is written at the axes.
+        axes = figure.add_axes(
+            (
+                (left + 0.9) / COLUMNS,
+                1 - (top + height - 1.0) / bottom,
+                (width - 1.2) / COLUMNS,
+                (height - 2.0) / bottom,
+            )
+        )
         axes.set_title(panel["title"], loc="left", fontsize=10, fontweight="bold")
         answers = [(target, answer(url, target, span, window_s)) for target in panel["targets"]]
         {"timeseries": draw_lines, "heatmap": draw_heat, "table": draw_table}[panel["type"]](
@@ -123,7 +132,9 @@ def draw_lines(axes: Axes, panel: dict[str, Any], answers: Answers) -> None:
                 floor = floor + values
             else:
                 axes.plot(times, values, label=name, linewidth=1.3)
+    # A line at 0 is to be seen.
     axes.set_ylim(bottom=0, top=defaults.get("max"))
+    axes.set_ylim(bottom=-0.02 * axes.get_ylim()[1])
     axes.set_ylabel(UNITS[unit], fontsize=8)
     axes.legend(fontsize=7, ncols=4, frameon=False, loc="upper left")
     axes.grid(alpha=0.3)
@@ -141,7 +152,7 @@ def draw_heat(axes: Axes, panel: dict[str, Any], answers: Answers) -> None:
     used = int(np.nonzero(counts.max(1) > 0)[0].max()) + 1
     mesh = axes.pcolormesh(times, np.arange(used), counts[:used], cmap="viridis")
     axes.set_yticks(np.arange(used), [f"≤ {bound}" for bound in bounds[:used]], fontsize=7)
-    axes.figure.colorbar(mesh, ax=axes, label="batches")
+    axes.figure.colorbar(mesh, ax=axes, label="batches", pad=0.01)
     time_axis(axes)
 
 
@@ -152,8 +163,7 @@ def draw_table(axes: Axes, panel: dict[str, Any], answers: Answers) -> None:
     for _, found in answers:
         labels = {key: value for key, value in found[0]["metric"].items() if key[0] != "_"}
         rows = [[key, value] for key, value in sorted(labels.items())]
-        written = axes.table(rows, loc="center", cellLoc="left", colWidths=[0.25, 0.7])
-        written.set_fontsize(8)
+        axes.table(rows, loc="center", cellLoc="left", colWidths=[0.25, 0.7], edges="horizontal")
 
 
 def time_axis(axes: Axes) -> None:

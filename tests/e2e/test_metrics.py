@@ -17,6 +17,7 @@ import time
 from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
@@ -253,12 +254,17 @@ def test_the_number_of_files_is_bounded_and_no_count_is_lost(
     with serve(state, str(quick_checkpoint), "--device", "cpu") as server:
         port, folder = server.port + 3, server.folder.metrics
         most = 0
+
+        def replaced(old: int) -> bool:
+            return server.worker_pids() not in ([], [old])
+
         for number in range(kills):
             assert {server.body(cell).status for _ in range(5)} == {200}
             (victim,) = server.worker_pids()
             os.kill(victim, signal.SIGKILL)
-            # The frontend may not have noticed yet, and hand the request to the dead one.
-            assert wait_for(lambda: server.body(cell).status == 200, 60)
+            # Not before: the frontend would hand the request to the dead one.
+            assert wait_for(partial(replaced, victim), 120), number
+            assert server.body(cell).status == 200
             assert total(port, metrics.PREDICTIONS) == 1 + 6 * (number + 1)
             assert total(port, metrics.IN_FLIGHT) == 0
             most = max(most, len(list(folder.iterdir())))
