@@ -12,8 +12,7 @@ import pytest
 import urllib3
 
 from mambamic.launcher import exporter
-from mambamic.launcher.folders import MAIN_CLASS, Record, ServerFolder
-from mambamic.launcher.settings import EXPORTER_LOG
+from mambamic.launcher.folders import EXPORTER_LOG, MAIN_CLASS, Record, ServerFolder
 
 from .e2e.servers import free_port, wait_for
 

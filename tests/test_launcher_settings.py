@@ -12,11 +12,10 @@ import torch
 from mambamic.errors import BackendError, UsageError
 from mambamic.handlers.gate import VARIABLE
 from mambamic.launcher import settings
-from mambamic.launcher.folders import ServerFolder
+from mambamic.launcher.folders import EXPORTER_LOG, ServerFolder
 from mambamic.launcher.java import Java
 from mambamic.launcher.settings import (
     CONSOLE_LOG,
-    EXPORTER_LOG,
     LOG_NAMES,
     Settings,
     command,

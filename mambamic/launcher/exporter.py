@@ -17,8 +17,13 @@ import psutil
 
 from mambamic.handlers.metric_files import SWEEP_S, MetricFolder, listen
 from mambamic.launcher import processes
-from mambamic.launcher.folders import MAIN_CLASS, Record, ServerFolder, find_process
-from mambamic.launcher.settings import EXPORTER_LOG
+from mambamic.launcher.folders import (
+    EXPORTER_LOG,
+    MAIN_CLASS,
+    Record,
+    ServerFolder,
+    find_process,
+)
 
 _MODULE = "mambamic.launcher.exporter"
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 
 MAIN_CLASS = "org.pytorch.serve.ModelServer"
+EXPORTER_LOG = "exporter.log"
 
 
 def state_root() -> Path:

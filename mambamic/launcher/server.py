@@ -23,11 +23,10 @@ from mambamic.handlers.gate import Gate
 from mambamic.handlers.metric_files import MetricFolder
 from mambamic.launcher import exporter, probe, processes, stopping
 from mambamic.launcher.archives import Model, ModelSpec, prepare
-from mambamic.launcher.folders import Record, ServerFolder
+from mambamic.launcher.folders import EXPORTER_LOG, Record, ServerFolder
 from mambamic.launcher.java import Java, find_java
 from mambamic.launcher.settings import (
     CONSOLE_LOG,
-    EXPORTER_LOG,
     LOG_NAMES,
     Settings,
     command,

@@ -17,7 +17,7 @@ from mambamic.errors import BackendError, ServerError, UsageError
 from mambamic.export.archive import RESPONSE_TIMEOUT_S
 from mambamic.handlers.gate import VARIABLE as GATE_VARIABLE
 from mambamic.handlers.metric_files import FOLDER_VARIABLE, PORT_VARIABLE
-from mambamic.launcher.folders import MAIN_CLASS, ServerFolder
+from mambamic.launcher.folders import EXPORTER_LOG, MAIN_CLASS, ServerFolder
 from mambamic.launcher.java import Java
 
 # 256 tiles of a megabyte; a response holds probabilities, or pictures in answer to one request.
@@ -74,7 +74,6 @@ _LOG_FILES = {
     "ts_metrics": "%ex",
 }
 CONSOLE_LOG = "console.log"
-EXPORTER_LOG = "exporter.log"
 LOG_NAMES = (CONSOLE_LOG, EXPORTER_LOG, *(f"{name}.log" for name in _LOG_FILES))
 
 
