@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import json
 import math
@@ -29,7 +28,6 @@ from prometheus_client.parser import text_string_to_metric_families as parse
 from mambamic import Classifier, metrics
 from mambamic.checkpoint import load_checkpoint
 from mambamic.export.archive import write_archive
-from mambamic.launcher.java import find_java
 from mambamic.ood import fit_detector, store_detector
 
 from ..random_checkpoint import write_random_checkpoint
@@ -42,6 +40,7 @@ from .servers import (
     environment,
     free_port,
     of_state,
+    plain_torchserve,
     post,
     serve,
     wait_for,
@@ -335,43 +334,6 @@ def test_in_the_foreground_a_killed_exporter_comes_back_with_all_counts(
     finally:
         end_group(process)
         end_all(state)
-
-
-@contextlib.contextmanager
-def plain_torchserve(archive: Path, state: Path, metrics_port: int) -> Iterator[int]:
-    """TorchServe without the launcher: its port of predictions."""
-    port = free_port()
-    (state / "config.properties").write_text(
-        f"inference_address=http://127.0.0.1:{port}\n"
-        f"management_address=http://127.0.0.1:{port + 1}\n"
-        f"metrics_address=http://127.0.0.1:{port + 2}\n"
-        "grpc_inference_port=0\ngrpc_management_port=0\nnumber_of_gpu=0\n"
-    )
-    with tempfile.TemporaryDirectory(prefix="ts-") as scratch:
-        variables = {
-            **environment(state),
-            "TMPDIR": scratch,
-            "TEMP": scratch,
-            "JAVA_HOME": str(find_java().executable.resolve().parent.parent),
-            "PYTHONPATH": str(ROOT),
-            "MAMBAMIC_METRICS_PORT": str(metrics_port),
-        }
-        torchserve = str(Path(sys.executable).with_name("torchserve"))
-        start = [torchserve, "--start", "--ncs", "--disable-token-auth", "--model-store"]
-        start += [str(archive.parent), "--models", f"mambamic={archive.name}"]
-        start += ["--ts-config", "config.properties"]
-        try:
-            with (state / "torchserve.log").open("wb") as log:
-                subprocess.run(
-                    start, cwd=state, env=variables, stdout=log, stderr=log, timeout=60, check=True
-                )
-            yield port
-        finally:
-            stop = [torchserve, "--stop"]
-            subprocess.run(
-                stop, cwd=state, env=variables, capture_output=True, timeout=60, check=False
-            )
-            end_all(state)
 
 
 def test_under_plain_torchserve_a_worker_exports_and_another_takes_over(
