@@ -29,6 +29,7 @@ from mambamic.errors import (
     UsageError,
 )
 from mambamic.handlers.gate import Gate
+from mambamic.handlers.metrics import ServiceMetrics
 from mambamic.handlers.parts import keep_parts
 from mambamic.handlers.requests import (
     EXPLAIN_SETTINGS,
@@ -94,6 +95,7 @@ class ImageClassifier:
         self._pool = DecodePool(self._classifier.preprocess, processes=options["decoders"])
         self._ahead = ThreadPoolExecutor(1, "decode-ahead")
         self._classifier.warm_up()
+        self._metrics = ServiceMetrics(self._name, self._version, self._classifier)
         logger.info("%s", json.dumps(self._classifier.describe()))
         if self._gate is not None:
             self._gate.register()
@@ -111,6 +113,7 @@ class ImageClassifier:
         """
         processors = context.request_processor
         assert len(processors) == len(data)
+        batch = self._metrics.begin(processors)
         with self._gate.busy() if self._gate is not None else nullcontext(False) as stopping:
             answers = self._answer(processors, stopping)
         bodies = []
@@ -119,12 +122,14 @@ class ImageClassifier:
             if answer.status != 200:
                 context.set_response_status(answer.status, answer.phrase, index)
             bodies.append(answer.encoded())
+        self._metrics.end(batch, answers)
         return bodies
 
     def close(self) -> None:
         """Stop what decodes; TorchServe never calls this, it ends the process."""
         self._ahead.shutdown()
         self._pool.close()
+        self._metrics.close()
         if self._gate is not None:
             self._gate.unregister()
 
@@ -198,6 +203,7 @@ class ImageClassifier:
             known = EXPLAIN_SETTINGS if _explains(processor) else PREDICT_SETTINGS
             request = read_request(processor.parts, headers.get("content-type", ""), known)
             request.switch("embedding")  # refused here, if at all
+            self._metrics.read(len(request.tiles))
             return request
         except MambamicError as error:
             return error_answer(error)
@@ -217,6 +223,7 @@ class ImageClassifier:
             return outcome
         rows = (values[np.newaxis] for values in outcome)
         (prediction,) = self._classifier.predictions(*rows, embed=embed)
+        self._metrics.predicted(prediction)
         return {**prediction.as_json(), "model": self._name, "version": self._version}
 
     def _classify(self, blobs: Sequence[bytes]) -> list[Row | MambamicError]:
@@ -232,10 +239,12 @@ class ImageClassifier:
 
     def _decode(self, blobs: Sequence[bytes]) -> list[Pixels | MambamicError]:
         try:
-            decoded = self._pool.map(blobs)
+            timed = self._pool.timed(blobs)
         except Exception as error:
             logger.exception("decoding failed")
             return [failure(error)] * len(blobs)
+        self._metrics.decoded(timed)
+        decoded = [item.result for item in timed]
         for item in decoded:
             if isinstance(item, MambamicError):
                 # The frames of its traceback hold the image's bytes.
@@ -267,11 +276,13 @@ class ImageClassifier:
         return results
 
     def _attempt(self, pixels: Pixels) -> list[Row | MambamicError] | None:
+        began = time.monotonic()
         try:
             rows = zip(*self._classifier.outputs(pixels), strict=True)
         except Exception:
             logger.exception("the model failed on a batch of %d", len(pixels))
             return None
+        self._metrics.modelled(len(pixels), time.monotonic() - began)
         return [row if np.isfinite(row[0]).all() else _not_finite() for row in rows]
 
 

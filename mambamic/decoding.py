@@ -18,11 +18,12 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -43,6 +44,14 @@ if TYPE_CHECKING:
 _ATTEMPTS = 2
 
 
+class Timed(NamedTuple):
+    """A decoded image and the seconds that its two steps took, 0 for a step not come to an end."""
+
+    result: Decoded
+    decode_s: float = 0.0
+    preprocess_s: float = 0.0
+
+
 def decode_pixels(
     preprocess: Preprocess, blob: BytesLike, *, max_pixels: int = MAX_PIXELS
 ) -> Decoded:
@@ -51,10 +60,18 @@ def decode_pixels(
     Returns:
         (input_size, input_size, 3) uint8, or why there is none.
     """
+    return _decode_timed(preprocess, blob, max_pixels).result
+
+
+def _decode_timed(preprocess: Preprocess, blob: BytesLike, max_pixels: int) -> Timed:
+    began = time.perf_counter()
     try:
-        return preprocess.pixels(decode(blob, max_pixels=max_pixels))
+        image = decode(blob, max_pixels=max_pixels)
+        decoded = time.perf_counter()
+        pixels = preprocess.pixels(image)
     except MambamicError as error:
-        return error
+        return Timed(error)
+    return Timed(pixels, decoded - began, time.perf_counter() - decoded)
 
 
 class DecodePool:
@@ -120,6 +137,17 @@ class DecodePool:
         Raises:
             ServerError: A decoder process cannot be started.
         """
+        return [timed.result for timed in self.timed(blobs)]
+
+    def timed(self, blobs: Sequence[BytesLike]) -> list[Timed]:
+        """Decode a batch as ``map`` does, and say how long each image took, without waiting.
+
+        Args:
+            blobs: The bytes of the image files.
+
+        Raises:
+            ServerError: A decoder process cannot be started.
+        """
         if self._threads is not None:
             return list(self._threads.map(self._decode_here, blobs))
         # One batch at a time: each batch alone keeps all decoders busy.
@@ -151,11 +179,11 @@ class DecodePool:
             decoder.stop()
         self._decoders = []
 
-    def _decode_here(self, blob: BytesLike) -> Decoded:
-        return decode_pixels(self._preprocess, blob, max_pixels=self._max_pixels)
+    def _decode_here(self, blob: BytesLike) -> Timed:
+        return _decode_timed(self._preprocess, blob, self._max_pixels)
 
-    def _decode_there(self, blobs: Sequence[BytesLike]) -> list[Decoded]:
-        results: list[Decoded | None] = [None] * len(blobs)
+    def _decode_there(self, blobs: Sequence[BytesLike]) -> list[Timed]:
+        results: list[Timed | None] = [None] * len(blobs)
         attempts = [0] * len(blobs)
         waiting = deque(range(len(blobs)))
         idle = deque(range(len(self._decoders)))
@@ -181,7 +209,7 @@ class DecodePool:
                     if attempts[index] < _ATTEMPTS:
                         waiting.append(index)
                     else:
-                        results[index] = _killer(blobs[index])
+                        results[index] = Timed(_killer(blobs[index]))
                 idle.append(slot)
         return [result for result in results if result is not None]
 
@@ -218,10 +246,10 @@ class _Decoder:
                 "read what it wrote above; mambamic must be importable by " + sys.executable,
             ) from error
 
-    def receive(self) -> Decoded:
+    def receive(self) -> Timed:
         """Return the answer to the image that was sent last."""
-        error: MambamicError | None = self.connection.recv()
-        return self.pixels.copy() if error is None else error
+        answer: MambamicError | tuple[float, float] = self.connection.recv()
+        return Timed(self.pixels.copy(), *answer) if isinstance(answer, tuple) else Timed(answer)
 
     def stop(self) -> None:
         """Close the connection, on which the process leaves, and wait until it has."""
@@ -250,7 +278,7 @@ def serve(connection: Connection, page: int) -> None:
     """Answer requests to decode, one by one, until the other side is gone.
 
     Args:
-        connection: Blobs come in; None goes out where the pixels are ready, or an error.
+        connection: Blobs come in; two times go out where the pixels are ready, or an error.
         page: File descriptor of the memory for the pixels.
     """
     # Ctrl-C reaches the whole process group; the parent decides what it means.
@@ -261,12 +289,12 @@ def serve(connection: Connection, page: int) -> None:
         connection.send("ready")
         while True:
             blob = connection.recv_bytes()
-            decoded = decode_pixels(preprocess, blob, max_pixels=max_pixels)
-            if isinstance(decoded, MambamicError):
-                connection.send(decoded)
+            timed = _decode_timed(preprocess, blob, max_pixels)
+            if isinstance(timed.result, MambamicError):
+                connection.send(timed.result)
             else:
-                pixels[...] = decoded
-                connection.send(None)
+                pixels[...] = timed.result
+                connection.send(timed[1:])
 
 
 if __name__ == "__main__":

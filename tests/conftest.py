@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,15 @@ def data_dir() -> Path:
     if found is None or not found.is_dir():
         pytest.fail(f"real data not found ({found}): set MAMBAMIC_DATA to its folder")
     return found
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_exporter() -> Iterator[None]:
+    """Handlers that run inside a test export nothing, unless the test says so."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("PROMETHEUS_MULTIPROC_DIR", raising=False)
+        patch.setenv("MAMBAMIC_METRICS_PORT", "0")
+        yield
 
 
 @pytest.fixture(scope="session")

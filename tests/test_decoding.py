@@ -68,6 +68,15 @@ def test_errors_are_returned_in_their_place(pool: DecodePool) -> None:
     assert str(results[2]) == str(decode_pixels(PREPROCESS, b""))
 
 
+def test_both_steps_are_timed_and_of_what_cannot_be_read_none(pool: DecodePool) -> None:
+    good, bad = pool.timed([BLOBS[0], b"junk"])
+    assert good.decode_s > 0
+    assert good.preprocess_s > 0
+    assert not isinstance(good.result, DecodeError)
+    assert isinstance(bad.result, DecodeError)
+    assert (bad.decode_s, bad.preprocess_s) == (0, 0)
+
+
 def test_batches_from_several_threads(pool: DecodePool) -> None:
     results: dict[int, list[object]] = {}
     threads = [

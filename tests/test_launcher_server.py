@@ -24,7 +24,7 @@ def _own_state(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("MAMBAMIC_STATE", str(tmp_path))
 
 
-@pytest.mark.parametrize("offset", [0, 1, 2])
+@pytest.mark.parametrize("offset", [0, 1, 2, 3])
 def test_a_port_in_use_is_named_with_the_remedy(offset: int) -> None:
     with socket.socket() as occupied:
         occupied.bind(("127.0.0.1", 0))

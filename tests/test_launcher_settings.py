@@ -12,7 +12,7 @@ import torch
 from mambamic.errors import BackendError, UsageError
 from mambamic.handlers.gate import VARIABLE
 from mambamic.launcher import settings
-from mambamic.launcher.folders import ServerFolder
+from mambamic.launcher.folders import EXPORTER_LOG, ServerFolder
 from mambamic.launcher.java import Java
 from mambamic.launcher.settings import (
     CONSOLE_LOG,
@@ -57,7 +57,7 @@ def test_tokens_on_request(tmp_path: Path, asked: bool, stated: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("port", 80), ("port", 65534), ("workers", 0), ("batch_size", 0), ("max_batch_delay", 0)],
+    [("port", 80), ("port", 65533), ("workers", 0), ("batch_size", 0), ("max_batch_delay", 0)],
 )
 def test_numbers_are_checked(name: str, value: Any) -> None:
     with pytest.raises(UsageError, match=f"--{name.replace('_', '-')} {value}"):
@@ -111,6 +111,8 @@ def test_workers_get_the_gate_and_not_the_users_torchserve_settings(
     folder = ServerFolder(tmp_path)
     variables = environment(folder, tmp_path / "logs", tmp_path / "scratch", 3)
     assert variables[VARIABLE] == str(folder.gate)
+    assert variables["PROMETHEUS_MULTIPROC_DIR"] == str(folder.metrics)
+    assert variables["MAMBAMIC_METRICS_PORT"] == "0"
     assert "TS_CONFIG_FILE" not in variables
     assert variables["OMP_NUM_THREADS"] == "3"
     assert (Path(variables["PYTHONPATH"].split(os.pathsep)[0]) / "mambamic").is_dir()
@@ -126,7 +128,7 @@ def test_the_log_files_roll_over_and_the_console_is_for_the_foreground(
     root = ElementTree.fromstring(log_config(Settings(foreground=foreground), logs))
     files = [entry.get("fileName") for entry in root.iter("RollingFile")]
     assert f"{logs}/model_log.log" in files
-    assert {Path(name or "").name for name in files} | {CONSOLE_LOG} == set(LOG_NAMES)
+    assert {Path(name or "").name for name in files} | {CONSOLE_LOG, EXPORTER_LOG} == set(LOG_NAMES)
     (model_log,) = (entry for entry in root.iter("RollingFile") if entry.get("name") == "model_log")
     assert model_log.get("filePattern") == f"{logs}/model_log.%i.log.gz".replace(" %i/", " %%i/")
     assert {entry.get("additivity") for entry in root.iter("Logger")} == {

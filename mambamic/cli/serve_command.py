@@ -18,8 +18,8 @@ from mambamic.launcher.settings import Settings, default_workers
 
 DESCRIPTION = """\
 Serve models over HTTP with TorchServe. Ends when the first prediction has been answered; the
-server runs on in the background. Predictions are answered on --port, the management API and
-Prometheus metrics on the two ports after it, on loopback only.
+server runs on in the background. Predictions are answered on --port, the management API,
+TorchServe's metrics and ours on the three ports after it, on loopback only.
 
 example:
   mambamic serve --model model_store/mambamic_t_pbc
@@ -91,6 +91,7 @@ def run(args: argparse.Namespace) -> int:
         print(answer, flush=True)
     if settings.token_auth:
         print(f"tokens, which expire after an hour, are in {started.folder.keys}", flush=True)
+    print(f"metrics at http://127.0.0.1:{settings.exporter_port}/metrics", flush=True)
     print(
         f"first answer after {seconds:.1f} s; logs in {started.record.logs}; "
         f"stop by: mambamic serve --stop --port {settings.port}",
@@ -143,6 +144,7 @@ def _stay(started: server.Server) -> int:
     port = started.settings.port
     try:
         while started.record.process() is not None:
+            server.keep_exporter(started)
             time.sleep(0.5)
     except KeyboardInterrupt:
         # Once is enough: a second signal must not end the stopping half-way.

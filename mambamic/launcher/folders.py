@@ -1,4 +1,4 @@
-"""The folder of one server: its archives, configuration, logs, gate, and who it is."""
+"""The folder of one server: its archives, configuration, logs, gate, metrics, and who it is."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 
 MAIN_CLASS = "org.pytorch.serve.ModelServer"
+EXPORTER_LOG = "exporter.log"
 
 
 def state_root() -> Path:
@@ -21,6 +22,23 @@ def state_root() -> Path:
         return Path(chosen)
     base = os.environ.get("XDG_STATE_HOME")
     return (Path(base) if base else Path.home() / ".local" / "state") / "mambamic"
+
+
+def find_process(pid: int, created: float, argument: str) -> psutil.Process | None:
+    """Return a process, or None where it has ended, whoever has its pid now.
+
+    Args:
+        pid: Of the process.
+        created: When it was created, seconds since 1970.
+        argument: One of its command line.
+    """
+    try:
+        process = psutil.Process(pid)
+        same = abs(process.create_time() - created) < 1
+        alive = same and process.status() != psutil.STATUS_ZOMBIE
+        return process if alive and argument in process.cmdline() else None
+    except psutil.Error:
+        return None
 
 
 @dataclass(frozen=True)
@@ -35,6 +53,8 @@ class Record:
         scratch: The temporary folder of the server.
         logs: Where it logs.
         models: ``name/version`` of each model.
+        exporter: The process that exports the workers' metrics.
+        exporter_created: When that was created.
     """
 
     pid: int
@@ -44,16 +64,12 @@ class Record:
     scratch: str
     logs: str
     models: list[str]
+    exporter: int = 0
+    exporter_created: float = 0.0
 
     def process(self) -> psutil.Process | None:
         """Return Java's process, or None where it has ended, whoever has its pid now."""
-        try:
-            process = psutil.Process(self.pid)
-            same = abs(process.create_time() - self.created) < 1
-            alive = same and process.status() != psutil.STATUS_ZOMBIE
-            return process if alive and MAIN_CLASS in process.cmdline() else None
-        except psutil.Error:
-            return None
+        return find_process(self.pid, self.created, MAIN_CLASS)
 
 
 @dataclass(frozen=True)
@@ -78,6 +94,11 @@ class ServerFolder:
         return self.root / "gate"
 
     @property
+    def metrics(self) -> Path:
+        """Where the workers count, see ``handlers.metric_files``."""
+        return self.root / "metrics"
+
+    @property
     def config(self) -> Path:
         """TorchServe's configuration."""
         return self.root / "config.properties"
@@ -99,7 +120,7 @@ class ServerFolder:
     def create(self) -> None:
         """Make the folder, for its owner only: it may hold tokens."""
         self.root.mkdir(parents=True, exist_ok=True, mode=0o700)
-        for folder in (self.store, self.gate):
+        for folder in (self.store, self.gate, self.metrics):
             folder.mkdir(exist_ok=True)
 
     @contextmanager

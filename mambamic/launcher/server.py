@@ -13,16 +13,17 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import psutil
 
 from mambamic.errors import ServerError
 from mambamic.handlers.gate import Gate
-from mambamic.launcher import probe, processes, stopping
+from mambamic.handlers.metric_files import MetricFolder
+from mambamic.launcher import exporter, probe, processes, stopping
 from mambamic.launcher.archives import Model, ModelSpec, prepare
-from mambamic.launcher.folders import Record, ServerFolder
+from mambamic.launcher.folders import EXPORTER_LOG, Record, ServerFolder
 from mambamic.launcher.java import Java, find_java
 from mambamic.launcher.settings import (
     CONSOLE_LOG,
@@ -36,7 +37,13 @@ from mambamic.launcher.settings import (
 
 START_TIMEOUT_S = 180
 # TorchServe's worker imports these and its package does not declare them all.
-_NEEDED = {"ts": "torchserve==0.12.0", "torch": "torch", "yaml": "pyyaml", "psutil": "psutil"}
+_NEEDED = {
+    "ts": "torchserve==0.12.0",
+    "torch": "torch",
+    "yaml": "pyyaml",
+    "psutil": "psutil",
+    "prometheus_client": "prometheus-client",
+}
 
 
 @dataclass
@@ -48,6 +55,7 @@ class Server:
     record: Record
     java: psutil.Process
     models: list[Model]
+    exporter: psutil.Popen
 
 
 def check_packages() -> None:
@@ -73,7 +81,7 @@ def running(port: int) -> Record | None:
 
 
 def check_ports(settings: Settings) -> None:
-    """Check that the three ports are free.
+    """Check that the four ports are free.
 
     Raises:
         ServerError: One is in use; the message says by which server of ours, if it is one.
@@ -90,6 +98,7 @@ def check_ports(settings: Settings) -> None:
         (settings.port, settings.host),
         (settings.management_port, "127.0.0.1"),
         (settings.metrics_port, "127.0.0.1"),
+        (settings.exporter_port, "127.0.0.1"),
     ):
         with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as trial:
             trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -99,7 +108,8 @@ def check_ports(settings: Settings) -> None:
                 raise ServerError(
                     f"port {port} on {host} cannot be used ({error.strerror})",
                     f"ports {settings.port} (predictions), {settings.management_port} (management) "
-                    f"and {settings.metrics_port} (metrics) to be free",
+                    f"and {settings.metrics_port} and {settings.exporter_port} (metrics) to be "
+                    "free",
                     f"choose others by --port, for example --port {settings.port + 10}",
                 ) from error
 
@@ -130,15 +140,16 @@ def starting(
                 "one start at a time on a port",
                 "wait for it, or choose another port by --port",
             )
-        check_ports(settings)
-        if (earlier := folder.read()) is not None:
+        if (earlier := folder.read()) is not None and earlier.process() is None:
             # Java has died by itself; a worker that it left behind would answer for nobody.
             stopping.end_orphans(earlier)
             stopping.tidy(folder, earlier)
+        check_ports(settings)
         logs = (logs or folder.root / "logs").absolute()
         _clear_logs(logs)
         models = prepare(specs, settings, folder.store)
         Gate(folder.gate).open()
+        MetricFolder(folder.metrics).clear()
         with processes.signals_held() as release:
             server = _launch(java, folder, settings, models, logs)
             try:
@@ -146,6 +157,7 @@ def starting(
                 yield server
             except BaseException:
                 processes.end(server.java, patience=2)
+                processes.end(server.exporter, patience=2)
                 stopping.tidy(folder, server.record)
                 raise
 
@@ -179,13 +191,30 @@ def _launch(
         logs=str(logs),
         models=[f"{model.name}/{model.version}" for model in models],
     )
+    exporting: psutil.Popen | None = None
     try:
+        exporting = exporter.start(folder, settings.exporter_port, java_process, logs)
+        record = replace(record, exporter=exporting.pid, exporter_created=exporting.create_time())
         folder.write(record)
     except BaseException:
-        processes.end(java_process, patience=2)
+        for process in filter(None, (java_process, exporting)):
+            processes.end(process, patience=2)
         stopping.tidy(folder, record)
         raise
-    return Server(settings, folder, record, java_process, models)
+    return Server(settings, folder, record, java_process, models, exporting)
+
+
+def keep_exporter(server: Server) -> None:
+    """Start the exporter anew where it has ended; what was counted is in its files."""
+    if server.exporter.poll() is not None:
+        settings, folder = server.settings, server.folder
+        logs = Path(server.record.logs)
+        server.exporter = exporter.start(folder, settings.exporter_port, server.java, logs)
+        created = server.exporter.create_time()
+        server.record = replace(
+            server.record, exporter=server.exporter.pid, exporter_created=created
+        )
+        folder.write(server.record)
 
 
 def _cpus() -> int:
@@ -232,7 +261,7 @@ def wait_ready(server: Server, body: bytes, timeout: float = START_TIMEOUT_S) ->
             (model, pool.submit(_predict, server.settings, model, body, headers, timeout))
             for model in server.models
         ]
-        while not all(answer.done() for _, answer in asked):
+        while not all(answer.done() for _, answer in asked) or not _exports(server.settings):
             _check_alive(server, deadline)
             time.sleep(0.05)
         return [_answer_text(server, model, answer) for model, answer in asked]
@@ -249,8 +278,23 @@ def _listening(settings: Settings) -> bool:
         return False
 
 
+def _exports(settings: Settings) -> bool:
+    try:
+        with socket.create_connection(("127.0.0.1", settings.exporter_port), timeout=1):
+            return True
+    except OSError:
+        return False
+
+
 def _check_alive(server: Server, deadline: float) -> None:
     logs = Path(server.record.logs)
+    if server.exporter.poll() is not None:
+        said = (logs / EXPORTER_LOG).read_text(encoding="utf-8", errors="replace")
+        raise ServerError(
+            f"the exporter of metrics ended:\n{said[-2000:]}\n",
+            "a process that stays",
+            f"see whether port {server.settings.exporter_port} is free",
+        )
     if probe.worker_failure(logs) is not None:
         # A traceback is written line by line.
         time.sleep(0.5)

@@ -16,7 +16,8 @@ import psutil
 from mambamic.errors import BackendError, ServerError, UsageError
 from mambamic.export.archive import RESPONSE_TIMEOUT_S
 from mambamic.handlers.gate import VARIABLE as GATE_VARIABLE
-from mambamic.launcher.folders import MAIN_CLASS, ServerFolder
+from mambamic.handlers.metric_files import FOLDER_VARIABLE, PORT_VARIABLE
+from mambamic.launcher.folders import EXPORTER_LOG, MAIN_CLASS, ServerFolder
 from mambamic.launcher.java import Java
 
 # 256 tiles of a megabyte; a response holds probabilities, or pictures in answer to one request.
@@ -73,7 +74,7 @@ _LOG_FILES = {
     "ts_metrics": "%ex",
 }
 CONSOLE_LOG = "console.log"
-LOG_NAMES = (CONSOLE_LOG, *(f"{name}.log" for name in _LOG_FILES))
+LOG_NAMES = (CONSOLE_LOG, EXPORTER_LOG, *(f"{name}.log" for name in _LOG_FILES))
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ class Settings:
     """What ``mambamic serve`` was asked for.
 
     Args:
-        port: Of predictions; management and metrics take the two ports after it.
+        port: Of predictions; management, TorchServe's metrics and ours take the three after it.
         host: The address of predictions, IPv4 or a name; management and metrics stay on loopback.
         workers: Processes per model.
         device: ``auto``, ``cpu`` or ``cuda``.
@@ -104,7 +105,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         for name, low, high in (
-            ("port", 1024, 65533),
+            ("port", 1024, 65532),
             ("workers", 1, 256),
             ("batch_size", 1, 1024),
             ("max_batch_delay", 1, 10_000),
@@ -131,8 +132,13 @@ class Settings:
 
     @property
     def metrics_port(self) -> int:
-        """Where Prometheus text is given, on loopback."""
+        """Where TorchServe gives its own metrics, on loopback."""
         return self.port + 2
+
+    @property
+    def exporter_port(self) -> int:
+        """Where the metrics of ``mambamic.metrics`` are given, on loopback."""
+        return self.port + 3
 
 
 def _is_ipv6(host: str) -> bool:
@@ -311,6 +317,9 @@ def environment(folder: ServerFolder, logs: Path, scratch: Path, threads: int) -
     return {
         **ours,
         GATE_VARIABLE: str(folder.gate),
+        FOLDER_VARIABLE: str(folder.metrics),
+        # The launcher's exporter has the port.
+        PORT_VARIABLE: "0",
         "LOG_LOCATION": str(logs),
         "METRICS_LOCATION": str(logs),
         "TMPDIR": str(scratch),

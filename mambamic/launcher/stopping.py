@@ -13,7 +13,7 @@ import psutil
 
 from mambamic.errors import ServerError
 from mambamic.handlers.gate import Gate
-from mambamic.launcher import probe, processes
+from mambamic.launcher import exporter, probe, processes
 from mambamic.launcher.folders import Record, ServerFolder
 
 DRAIN_TIMEOUT_S = 30
@@ -63,6 +63,7 @@ def end_orphans(record: Record) -> None:
 
 def tidy(folder: ServerFolder, record: Record) -> None:
     """Remove what a server that has ended leaves, but for its logs."""
+    exporter.end(record)
     shutil.rmtree(record.scratch, ignore_errors=True)
     folder.forget(record)
 

@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -20,23 +21,24 @@ import psutil
 import urllib3
 
 from mambamic.launcher.folders import ServerFolder
+from mambamic.launcher.java import find_java
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 Fields = list[tuple[str, tuple[str, bytes, str]]]
 
 
 def free_port() -> int:
-    """A port that is free together with the two after it."""
+    """A port that is free together with the three after it."""
     for port in range(20000 + os.getpid() % 8000, 60000, 7):
         with contextlib.ExitStack() as stack:
             try:
-                for number in range(port, port + 3):
+                for number in range(port, port + 4):
                     trial = stack.enter_context(socket.socket())
                     trial.bind(("127.0.0.1", number))
             except OSError:
                 continue
             return port
-    raise AssertionError("no three free ports in a row")
+    raise AssertionError("no four free ports in a row")
 
 
 def post(url: str, **what: Any) -> urllib3.BaseHTTPResponse:
@@ -149,6 +151,43 @@ def serve(
     finally:
         run_mambamic(state, "serve", "--stop", "--port", str(port))
         end_all(state)
+
+
+@contextlib.contextmanager
+def plain_torchserve(archive: Path, state: Path, metrics_port: int) -> Iterator[int]:
+    """TorchServe without the launcher: its port of predictions."""
+    port = free_port()
+    (state / "config.properties").write_text(
+        f"inference_address=http://127.0.0.1:{port}\n"
+        f"management_address=http://127.0.0.1:{port + 1}\n"
+        f"metrics_address=http://127.0.0.1:{port + 2}\n"
+        "grpc_inference_port=0\ngrpc_management_port=0\nnumber_of_gpu=0\n"
+    )
+    with tempfile.TemporaryDirectory(prefix="ts-") as scratch:
+        variables = {
+            **environment(state),
+            "TMPDIR": scratch,
+            "TEMP": scratch,
+            "JAVA_HOME": str(find_java().executable.resolve().parent.parent),
+            "PYTHONPATH": str(ROOT),
+            "MAMBAMIC_METRICS_PORT": str(metrics_port),
+        }
+        torchserve = str(Path(sys.executable).with_name("torchserve"))
+        start = [torchserve, "--start", "--ncs", "--disable-token-auth", "--model-store"]
+        start += [str(archive.parent), "--models", f"mambamic={archive.name}"]
+        start += ["--ts-config", "config.properties"]
+        try:
+            with (state / "torchserve.log").open("wb") as log:
+                subprocess.run(
+                    start, cwd=state, env=variables, stdout=log, stderr=log, timeout=60, check=True
+                )
+            yield port
+        finally:
+            stop = [torchserve, "--stop"]
+            subprocess.run(
+                stop, cwd=state, env=variables, capture_output=True, timeout=60, check=False
+            )
+            end_all(state)
 
 
 def of_state(state: Path) -> list[psutil.Process]:
