@@ -17,7 +17,7 @@ from mambamic.training.recipe import Recipe, Strengths, epoch_seed
     [
         ("epochs", 0),
         ("warmup_epochs", -1),
-        ("warmup_epochs", 42),
+        ("warmup_epochs", 46),
         ("batch_size", 1),
         ("learning_rate", 0.0),
         ("learning_rate", math.nan),
