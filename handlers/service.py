@@ -30,6 +30,7 @@ from mambamic.errors import (
     UsageError,
 )
 from mambamic.handlers.gate import Gate
+from mambamic.handlers.keeper import keep_connection
 from mambamic.handlers.parts import keep_parts
 from mambamic.handlers.requests import (
     EXPLAIN_SETTINGS,
@@ -98,6 +99,7 @@ class ImageClassifier:
         self._patience = float(timeout) / 2
         self._explainer = Explainer(self._classifier, self._name, self._version)
         self._gate = Gate.from_environment()
+        self._keeper = keep_connection()
         self._pool = DecodePool(self._classifier.preprocess, processes=options["decoders"])
         self._ahead = ThreadPoolExecutor(1, "decode-ahead")
         self._classifier.warm_up()
@@ -134,6 +136,8 @@ class ImageClassifier:
         """Stop what decodes; TorchServe never calls this, it ends the process."""
         self._ahead.shutdown()
         self._pool.close()
+        if self._keeper is not None:
+            self._keeper.communicate()
         if self._gate is not None:
             self._gate.unregister()
 
