@@ -6,7 +6,6 @@ import os
 import platform
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -30,51 +29,13 @@ from mambamic.models import create_model, load_exactly, set_scan_backend
 from mambamic.models.mambamic import MambaMIC
 from mambamic.models.medmamba import MedMamba
 from mambamic.ood import load_detector
+from mambamic.prediction import Prediction
 from mambamic.preprocess import Pixels
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _Network = Callable[[Tensor], tuple[Tensor, Tensor]]
 _MAX_BATCH = {"cpu": 32, "cuda": 256}
 _WARM_UP = (1, 2, 4, 8, 16, 32)  # the batches of a server; larger ones are bulk work and can wait
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """What a model says about one image.
-
-    Args:
-        label: The most probable class.
-        probability: Of that class.
-        probabilities: Of every class, in the checkpoint's order.
-        embedding: What the network's head saw, (C,), where it was asked for.
-        ood_score: How far from the images that the model knows, where the checkpoint has a
-            detector; images of their kind are mostly below 1.
-    """
-
-    label: str
-    probability: float
-    probabilities: dict[str, float]
-    embedding: tuple[float, ...] | None = None
-    ood_score: float | None = None
-
-    @property
-    def in_distribution(self) -> bool | None:
-        """Whether the image is of the kind that the model knows, None where nobody can tell."""
-        return None if self.ood_score is None else self.ood_score <= 1
-
-    def as_json(self) -> dict[str, Any]:
-        """Return it as an object that JSON can hold, with six significant digits."""
-        fields: dict[str, Any] = {
-            "label": self.label,
-            "probability": _six_digits(self.probability),
-            "probabilities": {name: _six_digits(p) for name, p in self.probabilities.items()},
-        }
-        if self.ood_score is not None:
-            fields["in_distribution"] = self.in_distribution
-            fields["ood_score"] = _six_digits(self.ood_score)
-        if self.embedding is not None:
-            fields["embedding"] = [_six_digits(value) for value in self.embedding]
-        return fields
 
 
 class Classifier:
@@ -343,10 +304,6 @@ def _read_model(checkpoint: Checkpoint, backend: str) -> MambaMIC | MedMamba:
 
 def _has_cpu_graph(dtype: torch.dtype) -> bool:
     return dtype == torch.float32 or (dtype == torch.bfloat16 and cpu.has_bfloat16())
-
-
-def _six_digits(value: float) -> float:
-    return float(f"{value:.6g}")
 
 
 def find_device(name: str) -> torch.device:

@@ -116,6 +116,48 @@ class OverloadedError(MambamicError):
     status = 503
 
 
+class RateLimitedError(MambamicError):
+    """One client sends more requests than the edge takes from it."""
+
+    code = "rate_limited"
+    status = 429
+
+
+class UnauthorizedError(MambamicError):
+    """The edge wants a token, or does not know this one."""
+
+    code = "unauthorized"
+    status = 401
+
+
+class NotFoundError(MambamicError):
+    """Nothing answers under this path: the model is not served there."""
+
+    code = "not_found"
+    status = 404
+
+
+class WorkerLostError(MambamicError):
+    """The process that had the request was killed, and so was the next one that got it."""
+
+    code = "worker_lost"
+    status = 502
+
+
+class NoAnswerError(MambamicError):
+    """There was no answer in the time allowed."""
+
+    code = "timeout"
+    status = 504
+
+
+class AnswerError(MambamicError):
+    """A server answered with what makes no sense, or with an error of no known name."""
+
+    code = "bad_answer"
+    status = 502
+
+
 class InferenceError(MambamicError):
     """The model failed on an image that was read without fault."""
 
@@ -126,3 +168,23 @@ class TrainingError(MambamicError):
     """A training run cannot go on; what it had reached is kept."""
 
     code = "training_failed"
+
+
+def named(code: str, status: int, message: str) -> MambamicError:
+    """Return the error that a server's answer stands for, with its message unchanged.
+
+    Args:
+        code: As the server states it.
+        status: Of the answer, for one whose code is of no use.
+        message: Of three parts, or of any form.
+    """
+    known = {kind.code: kind for kind in MambamicError.__subclasses__()}
+    by_status = {401: UnauthorizedError, 404: NotFoundError, 507: WorkerLostError}
+    kind = known.get(code) or by_status.get(status, AnswerError)
+    problem, _, rest = message.partition("; expected ")
+    expected, _, remedy = rest.partition("; ")
+    if remedy:
+        return kind(problem, expected, remedy)
+    return kind(
+        f"{message.rstrip('.')} (status {status})", "a prediction", "see the log of the server"
+    )

@@ -1,0 +1,162 @@
+"""The client with a real server, and with the edge in front of it."""
+
+from __future__ import annotations
+
+import io
+import threading
+import time
+import zipfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mambamic import Client, Prediction
+from mambamic.bundles import Limits
+from mambamic.client import Patience
+from mambamic.errors import DecodeError, UnauthorizedError
+
+from .edges import RunningEdge, edge
+from .servers import RunningServer, run_mambamic, serve, wait_for
+
+TOKEN = "a-token-of-the-laboratory"
+
+
+@pytest.fixture(scope="module")
+def images() -> list[bytes]:
+    """Noise of sizes of its own: no two are predicted alike."""
+    draw = np.random.default_rng(7)
+    files = []
+    for number in range(40):
+        pixels = draw.integers(0, 256, (40 + number, 60, 3), dtype=np.uint8)
+        buffer = io.BytesIO()
+        Image.fromarray(pixels).save(buffer, "png")
+        files.append(buffer.getvalue())
+    return files
+
+
+@pytest.fixture(scope="module")
+def quick(
+    quick_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[RunningServer]:
+    with serve(
+        tmp_path_factory.mktemp("client"), str(quick_checkpoint), "--device", "cpu"
+    ) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def strict(quick: RunningServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningEdge]:
+    """An edge that wants a token, takes little at a time and no large bodies."""
+    tokens = tmp_path_factory.mktemp("tokens") / "tokens"
+    tokens.write_text(TOKEN + "\n")
+    options = ["--tokens", str(tokens), "--max-body", "1", "--in-flight", "1"]
+    with edge(quick.state, *options, ports=[quick.port]) as running:
+        yield running
+
+
+def url(running: RunningServer) -> str:
+    return f"http://127.0.0.1:{running.port}"
+
+
+def test_the_command_prints_what_the_local_one_does(
+    quick: RunningServer, quick_checkpoint: Path, images: list[bytes], tmp_path: Path
+) -> None:
+    paths = []
+    for number, content in enumerate([*images[:5], b"no image"]):
+        paths.append(tmp_path / f"{number}.png")
+        paths[-1].write_bytes(content)
+    files = [*map(str, paths), str(tmp_path / "nothing.png")]
+    for option in ([], ["--json"], ["--embedding"]):
+        there = run_mambamic(quick.state, "predict", "--server", url(quick), *option, *files)
+        here = run_mambamic(
+            quick.state, "predict", str(quick_checkpoint), "--device", "cpu", *option, *files
+        )
+        assert there.returncode == here.returncode == 1
+        # Embeddings depend a little on what else is in a batch, in their last digits.
+        if option != ["--embedding"]:
+            assert there.stdout == here.stdout
+        assert len(there.stdout.splitlines()) == len(here.stdout.splitlines()) >= 5
+        assert there.stderr == here.stderr
+
+
+def test_embeddings_arrive(quick: RunningServer, images: list[bytes]) -> None:
+    with Client(url(quick)) as client:
+        outcomes = client.predict(images[:3], embedding=True)
+    for outcome in outcomes:
+        assert isinstance(outcome, Prediction)
+        assert outcome.embedding is not None
+        assert len(outcome.embedding) == 768
+
+
+def test_a_crowd_gets_through_a_narrow_edge(
+    strict: RunningEdge, quick: RunningServer, images: list[bytes]
+) -> None:
+    """429, and 413 for what is too large at once, cost time and no prediction."""
+    with Client(url(quick)) as client:
+        expected = client.predict(images)
+
+    def ask(number: int) -> bool:
+        limits = Limits(tiles=1 + number)
+        with Client(url(strict), token=TOKEN, limits=limits, connections=3) as client:
+            found = client.predict(images * 4)
+        close = [
+            isinstance(one, Prediction) and isinstance(other, Prediction)
+            and np.allclose(list(one.probabilities.values()), list(other.probabilities.values()),
+                            atol=1e-5)
+            for one, other in zip(found, expected * 4, strict=True)
+        ]  # fmt: skip
+        return all(close)
+
+    with ThreadPoolExecutor(6) as pool:
+        assert all(pool.map(ask, range(0, 240, 40)))
+    log = strict.access_log
+    assert '"status":429' in log
+    assert '"status":413' in log
+
+
+def test_without_the_token_it_says_so(strict: RunningEdge, images: list[bytes]) -> None:
+    with Client(url(strict)) as client, pytest.raises(UnauthorizedError, match="ask whoever runs"):
+        client.predict(images)
+
+
+def test_the_server_is_restarted_meanwhile(
+    quick_checkpoint: Path, state: Path, images: list[bytes]
+) -> None:
+    model = str(quick_checkpoint)
+    outcomes: list[object] = []
+    with (
+        serve(state, model, "--device", "cpu") as server,
+        edge(state, ports=[server.port]) as front,
+    ):
+
+        def ask() -> None:
+            with Client(
+                url(front), limits=Limits(tiles=2), connections=1, patience=Patience(overall=120)
+            ) as client:
+                outcomes.extend(client.stream([*images, b"bad"] * 10))
+
+        thread = threading.Thread(target=ask)
+        thread.start()
+        assert wait_for(lambda: len(outcomes) > 40, 60)
+        run_mambamic(state, "serve", "--stop", "--port", str(server.port))
+        time.sleep(1)
+        with serve(state, model, "--device", "cpu", port=server.port):
+            thread.join(120)
+            assert not thread.is_alive()
+    bad = [number for number, one in enumerate(outcomes) if isinstance(one, DecodeError)]
+    assert bad == list(range(40, 410, 41))
+    assert all(isinstance(one, Prediction | DecodeError) for one in outcomes)
+    assert len(outcomes) == 410
+
+
+def test_a_zip_of_images_is_no_image(quick: RunningServer, images: list[bytes]) -> None:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr("a.png", images[0])
+    with Client(url(quick)) as client:
+        (outcome,) = client.predict([buffer.getvalue()])
+    assert isinstance(outcome, DecodeError)
