@@ -8,6 +8,14 @@ TORCH ?= torch==2.13.0
 MAMBAMIC_TORCH_INDEX ?=
 MODEL ?= model_store/mambamic_t_pbc
 PORT ?= 8080
+# Of make loadtest: where to, what, from how many at once, for how long, and how many requests a
+# second (0: each of them sends the next one when it has its answer).
+URL ?= http://127.0.0.1:8000
+SCENARIO ?= Mixed
+USERS ?= 16
+SECONDS ?= 60
+RATE ?= 0
+REPORTS ?= runs/loadtest
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -21,7 +29,7 @@ INDEX_URL := $(if $(MAMBAMIC_TORCH_INDEX),--index-url '$(MAMBAMIC_TORCH_INDEX)')
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install serve stop test check soak other-torch
+.PHONY: help install serve stop test check soak loadtest other-torch
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -48,6 +56,14 @@ check: $(VENV)/.dev ## format, lint and types
 
 soak: $(VENV)/.dev ## run the long versions of tests (ARGS= for pytest)
 	@$(BIN)/python -m pytest -m soak $(ARGS)
+
+loadtest: $(VENV)/.dev ## load a running server, with a report (URL=, SCENARIO=, USERS=, SECONDS=, RATE=)
+	@mkdir -p $(REPORTS)
+	PYTHONPATH=. $(BIN)/locust --locustfile loadtest/locustfile.py --headless --only-summary \
+	  --host $(URL) --users $(USERS) --spawn-rate $(USERS) --run-time $(SECONDS)s \
+	  --stop-timeout 60 --rate $(RATE) --html $(REPORTS)/$(SCENARIO).html \
+	  --csv $(REPORTS)/$(SCENARIO) --record $(REPORTS)/$(SCENARIO).json $(SCENARIO)
+	@echo 'the report is $(REPORTS)/$(SCENARIO).html'
 
 $(VENV)/.python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \

@@ -1,0 +1,1 @@
+"""Other servers with the same model: what they are told, as their own documents say."""
