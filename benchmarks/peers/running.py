@@ -16,6 +16,8 @@ from pathlib import Path
 import psutil
 import urllib3
 
+from mambamic.launcher.probe import draw_cell
+
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 # What their own requirements leave open is resolved by pip on the day of the run, and recorded.
@@ -135,17 +137,19 @@ def peer(name: str, python: Path, checkpoint: Path, port: int) -> Iterator[Runni
 
 
 @contextmanager
-def ours(checkpoint: Path, port: int, state: Path) -> Iterator[Running]:
+def ours(checkpoint: Path, port: int, state: Path, *options: str) -> Iterator[Running]:
     """Run this server as its documents say, in the foreground so that SIGTERM stops it."""
     call = [sys.executable, "-m", "mambamic", "serve", "--model", str(checkpoint)]
     child = subprocess.Popen(
-        [*call, "--device", "cpu", "--port", str(port), "--foreground"],
+        [*call, "--device", "cpu", "--port", str(port), "--foreground", *options],
         env={**os.environ, "MAMBAMIC_STATE": str(state)},
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
     )  # fmt: skip
     url = f"http://127.0.0.1:{port}/predictions/mambamic"
     running = Running("mambamic", url, psutil.Process(child.pid), port, state)
     try:
+        if not wait_until_it_predicts(running, draw_cell()):
+            raise SystemExit(f"this server does not predict on port {port}")
         yield running
     finally:
         end(running)
