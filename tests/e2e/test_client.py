@@ -54,7 +54,7 @@ def strict(quick: RunningServer, tmp_path_factory: pytest.TempPathFactory) -> It
     tokens = tmp_path_factory.mktemp("tokens") / "tokens"
     tokens.write_text(TOKEN + "\n")
     options = ["--tokens", str(tokens), "--max-body", "1", "--in-flight", "1"]
-    with edge(quick.state, *options, ports=[quick.port]) as running:
+    with edge(tokens.parent, *options, ports=[quick.port]) as running:
         yield running
 
 

@@ -22,7 +22,7 @@ from mambamic import Client, Prediction
 from mambamic.bundles import Limits
 
 from .edges import RunningEdge, edge
-from .servers import Load, RunningServer, serve, wait_for
+from .servers import Answer, Load, RunningServer, serve, wait_for
 
 KILLS = 3
 
@@ -34,6 +34,13 @@ def quick(
     folder = tmp_path_factory.mktemp("faults")
     with serve(folder, str(quick_checkpoint), "--device", "cpu") as running:
         yield running
+
+
+def workers(server: RunningServer) -> list[int]:
+    """The processes of the workers that are ready; while one starts the server may not say."""
+    with contextlib.suppress(LookupError):
+        return server.worker_pids()
+    return []
 
 
 def test_a_client_loses_nothing_though_workers_are_killed(
@@ -54,7 +61,7 @@ def test_a_client_loses_nothing_though_workers_are_killed(
             for _ in range(KILLS):
                 seen = len(outcomes)
                 assert wait_for(lambda seen=seen: len(outcomes) > seen + 20, 60)  # type: ignore[misc]
-                assert wait_for(lambda: len(quick.worker_pids()) == 1, 60)
+                assert wait_for(lambda: len(workers(quick)) == 1, 60)
                 (victim,) = quick.worker_pids()
                 os.kill(victim, signal.SIGKILL)
         finally:
@@ -114,7 +121,7 @@ def test_a_full_disk_stops_no_prediction(quick_checkpoint: Path, state: Path, ce
                 assert answers[-1].json == before
             (victim,) = server.worker_pids()
             os.kill(victim, signal.SIGKILL)
-            assert wait_for(lambda: server.worker_pids() not in ([], [victim]), 60)
+            assert wait_for(lambda: workers(server) not in ([], [victim]), 60)
             assert server.body(cell).json == before
             filler.unlink()
             assert front.body(cell).json == before
@@ -152,31 +159,38 @@ def trickle(running: RunningServer, cell: bytes, seconds: float) -> int:
         return int(line.recv(65536).split()[1])
 
 
-def test_slow_uploads_hold_nobody_up(quick: RunningServer, cell: bytes) -> None:
+def test_slow_uploads_hold_nobody_up(quick: RunningServer, state: Path, cell: bytes) -> None:
     """More slow senders than the edge gives a server at a time: they are no requests yet."""
     with (
-        edge(quick.state, "--in-flight", "2", ports=[quick.port]) as front,
+        edge(state, "--in-flight", "2", ports=[quick.port]) as front,
         ThreadPoolExecutor(24) as pool,
     ):
-        slow = [pool.submit(trickle, front, cell, 3) for _ in range(24)]
+        # They end one after the other: what comes at one moment gets 429 for another reason.
+        slow = [pool.submit(trickle, front, cell, 3 + number / 4) for number in range(24)]
         answers = []
         while not any(future.done() for future in slow):
             answers.append(front.body(cell))
         assert Counter(answer.status for answer in answers)[200] >= 20
         statuses = Counter(future.result() for future in slow)
-    # They end together, and two are taken at a time; nobody is left without an answer.
+    assert statuses[200] >= 18, statuses
     assert set(statuses) <= {200, 429}
-    assert statuses[200] >= 2
 
 
-def test_the_edge_survives_its_own_worker(quick: RunningServer, cell: bytes) -> None:
+def test_the_edge_survives_its_own_worker(quick: RunningServer, state: Path, cell: bytes) -> None:
     """A killed process of nginx costs at most what it had in hand."""
-    with edge(quick.state, ports=[quick.port]) as front:
+    with edge(state, ports=[quick.port]) as front:
         pids = nginx_workers(front)
         assert pids
         for pid in pids:
             os.kill(pid, signal.SIGKILL)
-        assert wait_for(lambda: front.body(cell).status == 200, 20)
+        # Of the killed, some connections of this client's were kept.
+        answers: list[Answer] = []
+
+        def answered() -> bool:
+            answers.append(front.body(cell))
+            return answers[-1].status == 200
+
+        assert wait_for(answered, 20), answers[-3:]
 
 
 def nginx_workers(front: RunningEdge) -> list[int]:
