@@ -27,7 +27,6 @@ BURST = 16
 BAD_SHARE = 0.05
 # A slow sender's pieces, and the pause after each in seconds: about three for an image.
 PIECES, PAUSE = 15, 0.2
-_STARTED = time.monotonic()
 
 
 def _options(parser: Any) -> None:
@@ -36,18 +35,12 @@ def _options(parser: Any) -> None:
     parser.add_argument("--record", default="", help="write counts by status to this JSON file")
 
 
-def _begin(**ignored: Any) -> None:
-    global _STARTED
-    _STARTED = time.monotonic()
-
-
 def _end(environment: Any, **ignored: Any) -> None:
     if environment.parsed_options.record:
-        RECORD.write(Path(environment.parsed_options.record), time.monotonic() - _STARTED)
+        RECORD.write(Path(environment.parsed_options.record))
 
 
 events.init_command_line_parser.add_listener(_options)
-events.test_start.add_listener(_begin)
 events.quitting.add_listener(_end)
 
 
@@ -63,11 +56,18 @@ def _pause(user: Any) -> float:
     return max(0.0, gap - spent)
 
 
+def _arrive(user: Any) -> None:
+    """Let a user come when it likes: all of them at one moment would be another scenario."""
+    user.last_start = time.monotonic()
+    time.sleep(_pause(user))
+
+
 class _Sender(FastHttpUser):
     """A user who sends over a connection that is kept."""
 
     abstract = True
     wait_time = _pause
+    on_start = _arrive
     last_start = 0.0
     connection_timeout = 10.0
     network_timeout = 130.0
@@ -79,12 +79,13 @@ class _Sender(FastHttpUser):
         self.last_start = began = time.monotonic()
         path = f"/predictions/{self.environment.parsed_options.model}"
         content: Any = body  # annotated as text by Locust, and sent as it is
-        stated = {"Content-Type": media_type}
+        kinds = {"Content-Type": media_type}
         with self.client.post(
-            path, data=content, headers=stated, catch_response=True, name=kind
+            path, data=content, headers=kinds, catch_response=True, name=kind
         ) as answer:
             status = answer.status_code
-            wrong = fault(sent, status, dict(answer.headers or {}), answer.content or b"")
+            stated = dict((answer.headers or {}).items())
+            wrong = fault(sent, status, stated, answer.content or b"")
             answer.request_meta["name"] = f"{kind} {status or 'no answer'}"
             RECORD.add(status, time.monotonic() - began, wrong)
             if wrong is None:
@@ -141,6 +142,7 @@ class SlowClients(User):
 
     cells = images.cells(8)
     wait_time = _pause
+    on_start = _arrive
     last_start = 0.0
 
     @task

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
@@ -14,17 +15,26 @@ class Record:
     def __init__(self) -> None:
         self.statuses: Counter[int] = Counter()
         self.faults: Counter[str] = Counter()
+        self._first = self._last = time.monotonic()
         self._times: defaultdict[int, list[float]] = defaultdict(list)
 
     def add(self, status: int, seconds: float, fault: str | None) -> None:
-        """Count one request."""
+        """Count one request that has just ended."""
+        self._last = time.monotonic()
+        if not self._times:
+            self._first = self._last - seconds
         self.statuses[status] += 1
         self._times[status].append(seconds)
         if fault is not None:
             self.faults[fault] += 1
 
-    def as_json(self, seconds: float) -> dict[str, Any]:
-        """Return the figures of a run that took so many seconds."""
+    def as_json(self, seconds: float | None = None) -> dict[str, Any]:
+        """Return the figures of a run.
+
+        Args:
+            seconds: That it took; by default from the first request to the last answer.
+        """
+        seconds = max(1e-3, self._last - self._first) if seconds is None else seconds
         good = sorted(self._times[200])
         return {
             "seconds": round(seconds, 1),
@@ -37,10 +47,10 @@ class Record:
             "slowest_s": round(max(map(max, filter(None, self._times.values())), default=0.0), 3),
         }
 
-    def write(self, path: Path, seconds: float) -> None:
+    def write(self, path: Path) -> None:
         """Write the figures to a file."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(self.as_json(seconds), indent=2) + "\n", encoding="utf-8")
+        path.write_text(json.dumps(self.as_json(), indent=2) + "\n", encoding="utf-8")
 
 
 def _at(times: list[float], share: float) -> float | None:

@@ -77,7 +77,7 @@ def test_wrong_answers_are_told(behind: tuple[RunningServer, RunningEdge], tmp_p
     done = subprocess.run(
         [
             *(sys.executable, "-m", "locust", "-f", "loadtest/locustfile.py", "--headless"),
-            *("--host", f"http://127.0.0.1:{behind[1].port}", "-u", "2", "-t", "2s"),
+            *("--host", f"http://127.0.0.1:{behind[1].port}", "-u", "2", "-t", "5s"),
             *("--model", "nosuch", "--record", str(tmp_path / "record.json"), "SingleCells"),
         ],
         cwd=ROOT, env={**environment(tmp_path), "PYTHONPATH": str(ROOT)},
@@ -104,7 +104,7 @@ def overload(
     server, front = behind
     sustained = load(front, "Mixed", seconds / 3, out, users=3)
     rate = sustained["requests"] / sustained["seconds"]
-    half = load(front, "Mixed", seconds / 3, out, users=CROWD, rate=rate / 2)
+    half = load(front, "Mixed", seconds / 3, out, users=CROWD // 4, rate=rate / 2)
     before = resources(server.state)
     twice = load(front, "Mixed", seconds, out, users=CROWD, rate=rate * 2)
     return {
@@ -134,7 +134,7 @@ def predictions_are_right(front: RunningEdge, classifier: Classifier) -> bool:
 def test_twice_the_load_for_seconds(
     behind: tuple[RunningServer, RunningEdge], classifier: Classifier, tmp_path: Path
 ) -> None:
-    found = overload(behind, 6, tmp_path)
+    found = overload(behind, 18, tmp_path)
     statuses = found["twice"]["statuses"]
     assert found["twice"]["faults"] == {}
     assert statuses["429"] > 0, "it was no overload"
