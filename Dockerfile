@@ -24,7 +24,7 @@ RUN python -m pip --python /opt/mambamic/bin/python install \
 FROM ${BASE} AS server
 RUN python -m pip uninstall --yes pip \
  && useradd --uid 10001 --user-group --no-create-home --home-dir /tmp/home mambamic \
- && install --directory --owner=10001 --group=10001 /var/cache/mambamic
+ && install --directory --owner=10001 --group=10001 /var/cache/mambamic /edge
 COPY --from=build /opt/mambamic /opt/mambamic
 COPY model_store/mambamic_t_pbc /models/mambamic_t_pbc
 # All that a server writes is below /tmp, but for compiled GPU kernels, which a volume may keep.
