@@ -141,7 +141,8 @@ def metrics() -> Iterator[int]:
         def do_GET(self) -> None:
             self.send_response(200)
             self.end_headers()
-            self.wfile.write(f"{self.server.server_port} {self.path}".encode())
+            _, port = self.connection.getsockname()
+            self.wfile.write(f"{port} {self.path}".encode())
 
         def log_message(self, *arguments: object) -> None:
             pass
