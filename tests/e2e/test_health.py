@@ -55,9 +55,12 @@ def test_a_worker_that_is_given_up_on(impatient: Path, state: Path) -> None:
         os.kill(victim, signal.SIGKILL)
         assert wait_for(lambda: "TorchServe's health is 500" in ask(server, "--live").stderr, 60)
         # The frontend runs and accepts requests, which then wait for ever.
-        assert record.process() is not None
+        java = record.process()
+        assert java is not None
         unready = run_mambamic(
             state, "health", "--ready", "--timeout", "2", "--port", str(server.port)
         )
         assert unready.returncode == 1
         assert re.search(r"no answer to POST /predictions/mambamic/1.0 .*timed out", unready.stderr)
+        # A stop would wait half a minute for the request that was just sent.
+        java.kill()

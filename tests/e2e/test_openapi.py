@@ -120,7 +120,7 @@ def test_every_error_code_is_documented() -> None:
     codes = set(document()["components"]["schemas"]["ErrorBody"]["properties"]["code"]["enum"])
     # What no request meets: errors of the command line and of a start.
     elsewhere = {"error", "bad_shape", "bad_checkpoint", "backend_unavailable", "bad_data"}
-    elsewhere |= {"server_failed"}
+    elsewhere |= {"server_failed", "training_failed"}
     ours = {kind.code for kind in MambamicError.__subclasses__()} | {"error"}
     assert ours - elsewhere <= codes
     edge = {"unauthorized", "not_found", "method_not_allowed", "rate_limited", "edge_error"}
