@@ -142,7 +142,7 @@ class Recipe:
     )
     ema_decay: float = field(
         default=0.995,
-        metadata=_fraction("per step, of the moving average of the weights; 0 for none"),
+        metadata=_fraction("per step in the long run, of the average of the weights; 0: none"),
     )
     class_weighting: str = field(
         default="none",
