@@ -170,7 +170,8 @@ def test_a_stop_answers_forty_requests_in_flight(
         ThreadPoolExecutor(IN_FLIGHT + 1) as pool,
     ):
         worker, waiting = hold_in_flight(server, pool, cell)
-        stopped = pool.submit(run_mambamic, state, "serve", "--stop", "--port", str(server.port))
+        stop = ("serve", "--stop", "--drain", "60", "--port", str(server.port))
+        stopped = pool.submit(run_mambamic, state, *stop)
         time.sleep(1)
         os.kill(worker, signal.SIGCONT)
         assert Counter(answer.result().status for answer in waiting) == {200: IN_FLIGHT}
@@ -212,6 +213,8 @@ def test_a_signal_in_the_foreground_answers_forty_requests_in_flight(
 
 
 def test_ready_is_a_prediction_and_its_id_is_in_the_servers_log(site: Site) -> None:
+    # What the server's management API says of its workers sets the limit.
+    assert site.edge.printed.count("(up to 4)") == 2
     reply = site.edge.ask("GET", "/ready", headers={"X-Request-ID": "ready-check-1"})
     assert reply.status == 200
     answer = reply.json()
