@@ -31,6 +31,7 @@ from mambamic.errors import (
 )
 from mambamic.handlers.gate import Gate
 from mambamic.handlers.metrics import ServiceMetrics
+from mambamic.handlers.keeper import keep_connection
 from mambamic.handlers.parts import keep_parts
 from mambamic.handlers.requests import (
     EXPLAIN_SETTINGS,
@@ -99,6 +100,7 @@ class ImageClassifier:
         self._patience = float(timeout) / 2
         self._explainer = Explainer(self._classifier, self._name, self._version)
         self._gate = Gate.from_environment()
+        self._keeper = keep_connection()
         self._pool = DecodePool(self._classifier.preprocess, processes=options["decoders"])
         self._ahead = ThreadPoolExecutor(1, "decode-ahead")
         self._classifier.warm_up()
@@ -139,6 +141,8 @@ class ImageClassifier:
         self._ahead.shutdown()
         self._pool.close()
         self._metrics.close()
+        if self._keeper is not None:
+            self._keeper.communicate()
         if self._gate is not None:
             self._gate.unregister()
 

@@ -94,6 +94,7 @@ def test_killed_workers_cost_no_request(site: Site, cell: bytes) -> None:
     lines = [json.loads(line) for line in site.edge.access_log.splitlines()[before:]]
     again = [line for line in lines if line["server_statuses"].startswith("507")]
     assert len(again) >= 3, "no kill met a request"
+    assert {line["status"] for line in lines} == {200}, "a killed worker taken for one that failed"
     for line in again:
         first, second = line["servers"].split(" : ")
         assert first != second
