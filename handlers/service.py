@@ -30,8 +30,8 @@ from mambamic.errors import (
     UsageError,
 )
 from mambamic.handlers.gate import Gate
-from mambamic.handlers.metrics import ServiceMetrics
 from mambamic.handlers.keeper import keep_connection
+from mambamic.handlers.metrics import ServiceMetrics
 from mambamic.handlers.parts import keep_parts
 from mambamic.handlers.requests import (
     EXPLAIN_SETTINGS,
