@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import time
 import traceback
 from collections.abc import Iterable, Mapping, Sequence
@@ -29,11 +30,13 @@ from mambamic.errors import (
     UsageError,
 )
 from mambamic.handlers.gate import Gate
+from mambamic.handlers.keeper import keep_connection
 from mambamic.handlers.metrics import ServiceMetrics
 from mambamic.handlers.parts import keep_parts
 from mambamic.handlers.requests import (
     EXPLAIN_SETTINGS,
     PREDICT_SETTINGS,
+    Tile,
     TileRequest,
     read_request,
     size_of,
@@ -58,6 +61,10 @@ PART_SIZE = 64
 GROUP_BYTES = 64 * 2**20
 # What TorchServe allows a batch, in seconds, where an archive does not say.
 DEFAULT_RESPONSE_TIMEOUT = 120
+# A request with this header carries no image: a drawn one is classified. So a readiness check,
+# which can send headers but seldom a file, asks for a real prediction.
+PROBE_HEADER = "x-mambamic-probe"
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
 class ImageClassifier:
@@ -74,6 +81,7 @@ class ImageClassifier:
         """
         from mambamic.classifier import Classifier
         from mambamic.handlers.explanations import Explainer
+        from mambamic.launcher.probe import draw_cell
 
         options = _options(context.model_yaml_config)
         keep_parts()
@@ -92,10 +100,12 @@ class ImageClassifier:
         self._patience = float(timeout) / 2
         self._explainer = Explainer(self._classifier, self._name, self._version)
         self._gate = Gate.from_environment()
+        self._keeper = keep_connection()
         self._pool = DecodePool(self._classifier.preprocess, processes=options["decoders"])
         self._ahead = ThreadPoolExecutor(1, "decode-ahead")
         self._classifier.warm_up()
         self._metrics = ServiceMetrics(self._name, self._version, self._classifier)
+        self._probe = draw_cell()
         logger.info("%s", json.dumps(self._classifier.describe()))
         if self._gate is not None:
             self._gate.register()
@@ -123,6 +133,7 @@ class ImageClassifier:
                 context.set_response_status(answer.status, answer.phrase, index)
             bodies.append(answer.encoded())
         self._metrics.end(batch, answers)
+        _log_ids(processors, answers)
         return bodies
 
     def close(self) -> None:
@@ -130,6 +141,8 @@ class ImageClassifier:
         self._ahead.shutdown()
         self._pool.close()
         self._metrics.close()
+        if self._keeper is not None:
+            self._keeper.communicate()
         if self._gate is not None:
             self._gate.unregister()
 
@@ -200,6 +213,8 @@ class ImageClassifier:
             # predictions the frontend marks with "explain", true or false.
             if headers.get("describe") == "True" and "explain" not in headers:
                 return Answer(self._describe())
+            if PROBE_HEADER in headers:
+                return TileRequest((Tile("probe", self._probe),), True)
             known = EXPLAIN_SETTINGS if _explains(processor) else PREDICT_SETTINGS
             request = read_request(processor.parts, headers.get("content-type", ""), known)
             request.switch("embedding")  # refused here, if at all
@@ -329,6 +344,18 @@ def _device(asked: str, gpu_id: int | None) -> str:
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         return "cpu" if gpu_id is None or not count else f"cuda:{gpu_id % count}"
     return f"cuda:{gpu_id}" if asked == "cuda" and gpu_id is not None else asked
+
+
+def _log_ids(processors: Sequence[Any], answers: Sequence[Answer]) -> None:
+    """Log how the requests ended that the edge has given an id."""
+    stated = [processor.headers.get("x-request-id", "") for processor in processors]
+    told = [
+        f"{name}={answer.status}"
+        for name, answer in zip(stated, answers, strict=True)
+        if _REQUEST_ID.fullmatch(name)
+    ]
+    if told:
+        logger.info("answered %s", " ".join(told))
 
 
 def _weight(processor: Any) -> int:

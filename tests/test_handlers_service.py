@@ -299,6 +299,26 @@ def test_several_tiles_of_several_requests_share_a_batch(worker: Worker) -> None
     assert [len(body) for _, body in answers[:4]] == [2] * 4
 
 
+def test_a_readiness_check_is_a_prediction(worker: Worker) -> None:
+    ((status, body),) = worker.answer(as_sent([], {"X-Mambamic-Probe": "1"}))
+    assert status == 200
+    assert body["probability"] == max(body["probabilities"].values())
+
+
+def test_the_ids_of_requests_are_logged_with_their_end(
+    worker: Worker, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", logger="mambamic.handlers.service")
+    worker.answer(
+        as_sent([("image", "image/png", png(1))], {"X-Request-ID": "lab-1"}),
+        as_sent([("image", "image/png", b"no image")], {"X-Request-Id": "lab-2"}),
+        as_sent([("image", "image/png", png(1))], {"X-Request-ID": "two\nlines"}),
+        as_sent([("image", "image/png", png(1))]),
+    )
+    told = [record.getMessage() for record in caplog.records if "answered" in record.getMessage()]
+    assert told == ["answered lab-1=200 lab-2=400"]
+
+
 def test_a_gpu_that_torch_does_not_find_is_not_taken(model_dir: Path) -> None:
     worker = Worker(model_dir, gpu=0)
     found = worker.handler._classifier.device

@@ -24,7 +24,7 @@ IMPORTED = ("mambamic", "kernels", "handlers", "export")
 def wheel(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The wheel, built from a copy of the tracked folders: a build leaves files behind."""
     copy = tmp_path_factory.mktemp("source")
-    names = [*IMPORTED, "setup.py", "pyproject.toml", "README.md", "LICENSE"]
+    names = [*IMPORTED, "deploy", "setup.py", "pyproject.toml", "README.md", "LICENSE"]
     subprocess.run(["cp", "-a", *(str(root / name) for name in names), str(copy)], check=True)
     (copy / "kernels" / "_scan2d.so").unlink(missing_ok=True)
     target = tmp_path_factory.mktemp("wheel")
@@ -63,6 +63,10 @@ def test_wheel_holds_every_module_and_nothing_else(wheel: Path, root: Path) -> N
     assert top == {"mambamic", f"mambamic-{__version__}.dist-info"}
     assert "mambamic/py.typed" in names
     assert "mambamic/evaluation/report.html" in names
+    assert "mambamic/edge/nginx.conf" in names
+    page = {f"mambamic/edge/page/{path.name}" for path in (root / "deploy" / "page").iterdir()}
+    assert len(page) >= 4
+    assert page <= set(names)
     assert "mambamic/kernels/_scan2d.so" in names
     assert "mambamic/kernels/native/cuda/forward.cu" in names
     assert any(name.endswith("licenses/LICENSE") for name in names)

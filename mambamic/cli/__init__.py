@@ -24,6 +24,7 @@ COMMANDS = {
     "archive": "pack a checkpoint into a TorchServe archive",
     "serve": "start, and stop, a server",
     "health": "tell whether a server can answer, for probes",
+    "edge": "put nginx in front of servers",
     "benchmark": "measure how fast this machine is",
     "doctor": "show what this machine has and what would be used",
 }

@@ -59,12 +59,19 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--log-dir", type=Path, help="where to log (default: in the server's state folder)")
     add("--foreground", action="store_true", help="stay, and log to the console, until a signal")
     add("--stop", action="store_true", help="stop the server on --port")
+    add(
+        "--drain",
+        type=float,
+        default=stopping.DRAIN_TIMEOUT_S,
+        metavar="S",
+        help="seconds that a stop leaves requests in flight (default: %(default)s)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Start or stop a server."""
     if args.stop:
-        return _stop(args.port)
+        return _stop(args.port, args.drain)
     settings = Settings(
         port=args.port,
         host=args.host,
@@ -97,7 +104,7 @@ def run(args: argparse.Namespace) -> int:
         f"stop by: mambamic serve --stop --port {settings.port}",
         flush=True,
     )
-    return _stay(started) if args.foreground else 0
+    return _stay(started, args.drain) if args.foreground else 0
 
 
 def _models(given: list[str] | None) -> list[ModelSpec]:
@@ -129,8 +136,8 @@ def _token_header(started: server.Server) -> str:
     return f' -H "Authorization: Bearer {key}"'
 
 
-def _stop(port: int) -> int:
-    was_running = stopping.stop(port, say=lambda text: print(text, file=sys.stderr))
+def _stop(port: int, drain: float) -> int:
+    was_running = stopping.stop(port, drain, say=lambda text: print(text, file=sys.stderr))
     print(f"server on port {port} stopped" if was_running else f"no server on port {port}")
     return 0
 
@@ -140,7 +147,7 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
-def _stay(started: server.Server) -> int:
+def _stay(started: server.Server, drain: float) -> int:
     port = started.settings.port
     try:
         while started.record.process() is not None:
@@ -150,7 +157,7 @@ def _stay(started: server.Server) -> int:
         # Once is enough: a second signal must not end the stopping half-way.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        return _stop(port)
+        return _stop(port, drain)
     if Gate(started.folder.gate).closed:
         return 0
     stopping.stop(port)

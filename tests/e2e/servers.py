@@ -257,6 +257,11 @@ class Load:
             thread.join(max(0.0, deadline - time.monotonic()))
             assert not thread.is_alive(), "a client got no answer"
 
+    def stop(self) -> None:
+        """Let every client end with the request that it has sent."""
+        self._stop.set()
+        self.wait()
+
     def __exit__(self, *ignored: object) -> None:
         self._stop.set()
         for thread in self._threads:

@@ -1,0 +1,1 @@
+"""The edge: nginx in front of servers, with limits, tokens, retries and a page."""
