@@ -129,11 +129,17 @@ class TrainingModule(pl.LightningModule):
         """Return the loss of one batch of (B, S, S, 3) uint8 pixels and (B,) or (B, C) labels."""
         with torch.no_grad(), torch.autocast(pixels.device.type, enabled=False):
             images = self.augmentation(pixels)
+            mixed = self.augmentation.strengths.mixup > 0
+            images, shares = self.augmentation.blend(images) if mixed else (images, None)
         if images.is_cuda and self.to_capture:
             self.to_capture = False
             capture(self.model, images)
         logits = self.model(images).float()
-        return criterion(logits, labels, self.recipe.label_smoothing, self.weights)
+        given = (self.recipe.label_smoothing, self.weights)
+        if shares is None:
+            return criterion(logits, labels, *given)
+        others = criterion(logits, labels.flip(0), *given, 1 - shares)
+        return criterion(logits, labels, *given, shares) + others
 
     def training_step(self, batch: tuple[Tensor, Tensor], _index: int) -> Tensor:
         """Return the loss of one batch."""
