@@ -17,6 +17,7 @@ COPY pyproject.toml setup.py constraints.txt README.md LICENSE ./
 COPY kernels kernels
 COPY handlers handlers
 COPY export export
+COPY deploy deploy
 COPY mambamic mambamic
 RUN python -m pip --python /opt/mambamic/bin/python install \
       --constraint constraints.txt '.[serve]' dumb-init
