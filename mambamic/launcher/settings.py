@@ -92,6 +92,7 @@ class Settings:
         token_auth: Whether requests need TorchServe's tokens.
         batch_size: At most so many requests per batch.
         max_batch_delay: Milliseconds to wait for a batch to fill.
+        decoders: Processes of each worker that decode images; 0 decodes in its threads.
         foreground: Whether to log to the console too.
     """
 
@@ -103,6 +104,7 @@ class Settings:
     token_auth: bool = False
     batch_size: int = 32
     max_batch_delay: int = 1
+    decoders: int = 0
     foreground: bool = False
 
     def __post_init__(self) -> None:
@@ -111,6 +113,7 @@ class Settings:
             ("workers", 1, 256),
             ("batch_size", 1, 1024),
             ("max_batch_delay", 1, 10_000),
+            ("decoders", 0, 256),
         ):
             value = getattr(self, name)
             if not low <= value <= high:

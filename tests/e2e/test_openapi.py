@@ -72,7 +72,7 @@ def document() -> dict[str, Any]:
 def running(quick_checkpoint: Path) -> Iterator[RunningServer]:
     with (
         tempfile.TemporaryDirectory(prefix="mambamic-test-") as folder,
-        serve(Path(folder), str(quick_checkpoint), "--device", "cpu") as server,
+        serve(Path(folder), str(quick_checkpoint), "--device", "cpu", "--decoders", "1") as server,
     ):
         STATUSES.clear()
         yield server
