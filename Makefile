@@ -29,7 +29,7 @@ INDEX_URL := $(if $(MAMBAMIC_TORCH_INDEX),--index-url '$(MAMBAMIC_TORCH_INDEX)')
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install serve stop test check soak loadtest other-torch
+.PHONY: help install serve stop test check audit soak loadtest other-torch
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -49,10 +49,14 @@ stop: $(VENV)/.serve ## stop the server (PORT=)
 test: $(VENV)/.dev ## run the tests (ARGS= for pytest)
 	@$(BIN)/python -m pytest -m 'not soak' $(ARGS)
 
-check: $(VENV)/.dev ## format, lint and types
+check: $(VENV)/.dev ## format, lint, types, and known holes where they can be looked up
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	@$(BIN)/python .ci/audit.py
+
+audit: $(VENV)/.dev ## fail where an installed package has a known hole
+	@$(BIN)/python .ci/audit.py --strict
 
 soak: $(VENV)/.dev ## run the long versions of tests (ARGS= for pytest)
 	@$(BIN)/python -m pytest -m soak $(ARGS)

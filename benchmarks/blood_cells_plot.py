@@ -46,7 +46,7 @@ def _trade(axes: Axes, runs: list[dict[str, Any]], speeds: dict[str, float]) -> 
         axes.errorbar(speed, value, reach, fmt="o", color=_COLOURS[arch], capsize=3, markersize=5)
     axes.set(xlabel="images per second, one H200, batch 256", ylabel="test accuracy")
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=1))
-    axes.set_xlim(0, None)
+    axes.set_xlim(0, 1.2 * max(speeds[run["architecture"]] for run in runs))
 
 
 def main() -> None:

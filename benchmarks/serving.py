@@ -176,12 +176,12 @@ def _wait(url: str, body: bytes) -> None:
 
 
 @contextmanager
-def ours(checkpoint: Path, port: int, workers: int, batch_size: int, device: str) -> Iterator[str]:
+def ours(checkpoint: Path, port: int, settings: dict[str, Any]) -> Iterator[str]:
     """Run this server, as its own documents start it."""
     call = [sys.executable, "-m", "mambamic", "serve"]
-    settings = ["--model", str(checkpoint), "--workers", str(workers), "--device", device]
-    settings += ["--batch-size", str(batch_size)]
-    subprocess.run([*call, *settings, "--port", str(port)], check=True, stdout=subprocess.DEVNULL)
+    asked = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
+    start = [*call, "--model", str(checkpoint), "--port", str(port), *asked]
+    subprocess.run(start, check=True, stdout=subprocess.DEVNULL)
     try:
         yield f"http://127.0.0.1:{port}/predictions/mambamic"
     finally:
@@ -230,6 +230,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, nargs="+", default=[2])
     parser.add_argument("--connections", type=int, nargs="+", default=[1, 32, 64])
     parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--decoders", type=int, default=0)
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument("--seconds", type=int, default=8)
     parser.add_argument("--port", type=int, default=18080)
@@ -254,7 +255,8 @@ def main() -> None:
     for workers in args.workers:
         with bare(args.port, workers, args.batch_size) as url:
             measure("null", url, workers, single, 1)
-        with ours(args.checkpoint, args.port, workers, args.batch_size, args.device) as url:
+        settings = {name: getattr(args, name) for name in ("batch_size", "decoders", "device")}
+        with ours(args.checkpoint, args.port, {"workers": workers, **settings}) as url:
             measure("mambamic", url, workers, single, 1)
             measure("mambamic", url, workers, many, _TILES)
     decode = decoding(args.checkpoint, images, args.seconds)
@@ -267,6 +269,8 @@ def main() -> None:
     write(
         {
             "format": f"JPEG, {_SIDE} x {_SIDE}, {sum(map(len, images)) // len(images)} bytes",
+            "batch_size": args.batch_size,
+            "decoders": args.decoders,
             "cores": len(os.sched_getaffinity(0)),
             "rows": rows,
             "decode_images_per_second": round(decode),

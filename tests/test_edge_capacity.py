@@ -12,8 +12,8 @@ from mambamic.edge.settings import Upstream
 
 
 def test_a_processor_gets_few_and_a_gpu_two_batches() -> None:
-    assert in_flight(1, 32, gpu=False) == 4
-    assert in_flight(3, 32, gpu=False) == 12
+    assert in_flight(1, 32, gpu=False) == 6
+    assert in_flight(3, 32, gpu=False) == 18
     assert in_flight(2, 32, gpu=True) == 128
     # TorchServe's own queue of 1000 never overflows: it would answer that there is no worker.
     assert in_flight(64, 128, gpu=True) == 500
@@ -22,13 +22,13 @@ def test_a_processor_gets_few_and_a_gpu_two_batches() -> None:
 @pytest.mark.parametrize(
     ("models", "limit"),
     [
-        ({"a": [{"maxWorkers": 2, "batchSize": 32, "workers": [{"gpu": False}]}]}, 8),
+        ({"a": [{"maxWorkers": 2, "batchSize": 32, "workers": [{"gpu": False}]}]}, 12),
         (
             {
                 "a": [{"maxWorkers": 2, "batchSize": 16, "workers": [{"gpu": True}]}],
                 "b": [{"maxWorkers": 1, "batchSize": 16, "workers": []}] * 2,
             },
-            72,
+            76,
         ),
     ],
 )

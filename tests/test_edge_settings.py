@@ -59,7 +59,7 @@ def test_settings_that_make_no_sense(change: dict[str, object], said: str) -> No
 
 def test_each_server_has_its_limit_and_its_others() -> None:
     written = render(SETTINGS)["settings.conf"]
-    assert "server 127.0.0.1:8080 max_fails=0 max_conns=4;" in written
+    assert "server 127.0.0.1:8080 max_fails=0 max_conns=6;" in written
     assert "server 127.0.0.1:8090 max_fails=0 max_conns=16;" in written
     others = written.split("upstream without_0 {")[1].split("}")[0]
     assert "8090" in others

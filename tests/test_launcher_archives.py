@@ -43,7 +43,9 @@ def test_checkpoints_and_archives_get_the_settings(random_checkpoint: Path, tmp_
     archive = write_archive(
         random_checkpoint, tmp_path / "given.mar", model_name="given", version="3.0"
     )
-    settings = Settings(workers=2, batch_size=5, max_batch_delay=7, device="cpu", backend="cpu")
+    settings = Settings(
+        workers=2, batch_size=5, max_batch_delay=7, device="cpu", backend="cpu", decoders=3
+    )
     store = tmp_path / "store"
     specs = [ModelSpec(random_checkpoint), ModelSpec(archive), ModelSpec(archive, "other", "4.0")]
     models = prepare(specs, settings, store)
@@ -65,7 +67,8 @@ def test_checkpoints_and_archives_get_the_settings(random_checkpoint: Path, tmp_
         assert (config["minWorkers"], config["maxWorkers"]) == (2, 2)
         assert (config["batchSize"], config["maxBatchDelay"]) == (5, 7)
         assert config["responseTimeout"] == written["responseTimeout"]
-        assert config["mambamic"] == {**written["mambamic"], "device": "cpu", "backend": "cpu"}
+        asked = {"device": "cpu", "backend": "cpu", "decoders": 3}
+        assert config["mambamic"] == {**written["mambamic"], **asked}
 
 
 def test_two_models_of_one_name_and_version(random_checkpoint: Path, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mambamic.training.augment import warp
-from mambamic.training.draws import draw_colours, draw_maps, draw_stains
+from mambamic.training.draws import draw_colours, draw_maps, draw_shares, draw_stains
 from mambamic.training.recipe import Strengths
 
 SIDE = 33
@@ -80,8 +80,9 @@ def test_crops_lie_within_the_image_and_have_the_asked_sizes(generator: torch.Ge
 
 def test_rotation_scale_and_shift_keep_to_their_ranges(generator: torch.Generator) -> None:
     strengths = Strengths(
-        horizontal_flip=0, vertical_flip=0, quarter_turns=0, affine=1, rotation=30, shift=0.1
-    )
+        horizontal_flip=0, vertical_flip=0, quarter_turns=0,
+        affine=1, rotation=30, scale=(0.8, 1.2), shift=0.1,
+    )  # fmt: skip
     maps = draw_maps(2000, SIDE, strengths, generator)
     zoom = 1 / torch.linalg.det(maps[..., :2]).sqrt()
     angle = torch.atan2(maps[:, 1, 0], maps[:, 0, 0]).rad2deg()
@@ -97,6 +98,13 @@ def test_a_part_of_the_images_is_left_sharp(generator: torch.Generator) -> None:
     maps = draw_maps(2000, SIDE, Strengths(affine=0.8), generator)
     sharp = (maps == maps.round()).all(-1).all(-1).float().mean()
     assert sharp.item() == pytest.approx(0.2, abs=0.04)
+
+
+def test_what_is_left_of_an_image_is_drawn_evenly(generator: torch.Generator) -> None:
+    shares = draw_shares(2000, 0.4, generator)
+    assert 0.6 < shares.min() < 0.61
+    assert 0.99 < shares.max() <= 1
+    assert shares.mean().item() == pytest.approx(0.8, abs=0.01)
 
 
 def test_stains_change_by_the_strength(generator: torch.Generator) -> None:

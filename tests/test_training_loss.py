@@ -23,6 +23,15 @@ def test_several_labels_are_scored_one_by_one() -> None:
     assert criterion(logits, labels, 0.1).item() == pytest.approx(smoothed.item())
 
 
+@pytest.mark.parametrize("several", [False, True])
+def test_shares_are_what_a_label_is_for(several: bool) -> None:
+    logits = torch.tensor([[2.0, -1.0, 0.5], [-3.0, 4.0, -0.5]])
+    labels = torch.tensor([[1, 0, 0], [0, 1, 1]]) if several else torch.tensor([0, 2])
+    first, second = (criterion(logits[i : i + 1], labels[i : i + 1], 0.1) for i in (0, 1))
+    shared = criterion(logits, labels, 0.1, None, torch.tensor([0.75, 0.5]))
+    torch.testing.assert_close(shared, (0.75 * first + 0.5 * second) / 2)
+
+
 def test_none_is_none() -> None:
     assert class_weights(LABELS, 3, "none") is None
 

@@ -81,7 +81,8 @@ def fit(module: TrainingModule, split: Split, *callbacks: pl.Callback) -> pl.Tra
 def linear(recipe: Recipe = RECIPE) -> TrainingModule:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(48, 2))
-    return TrainingModule(model, Augmentation((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)), recipe)
+    augmentation = Augmentation((0.5, 0.5, 0.5), (0.5, 0.5, 0.5), recipe.augmentation)
+    return TrainingModule(model, augmentation, recipe)
 
 
 @pytest.fixture(scope="module")
@@ -108,8 +109,8 @@ def test_the_average_follows_the_weights(
     expected = watch.weights[0]
     # A callback is called before the module itself: each average is that of the step before.
     for step, average in enumerate([*watch.averages[1:], final]):
-        if step:
-            expected = 0.5 * expected + 0.5 * watch.weights[step]
+        decay = min(0.5, step / (10 + step))  # 16 steps: it rises, and then it stays
+        expected = decay * expected + (1 - decay) * watch.weights[step]
         torch.testing.assert_close(average, expected)
     assert not torch.equal(final, watch.weights[-1])
 
@@ -215,3 +216,23 @@ def test_learns_several_labels() -> None:
     several = Split(split.pixels, torch.stack([bright, split.labels], 1), split.classes)
     trainer = fit(linear(), several)
     assert trainer.callback_metrics["val_accuracy"] > 0.9
+
+
+def test_blended_images_have_the_labels_of_both() -> None:
+    """Half of another image and half of its label: the loss of both, weighed alike."""
+    module = linear(replace(RECIPE, augmentation=replace(RECIPE.augmentation, mixup=0.5)))
+    split = images(count=4)
+    module.augmentation.seed(5)
+    blended = module.loss(split.pixels, split.labels)
+    module.augmentation.seed(5)
+    plain = module.augmentation(split.pixels)
+    blends, shares = module.augmentation.blend(plain)
+    assert ((shares > 0.5) & (shares < 1)).all()
+    for index, share in enumerate(shares):
+        expected = share * plain[index] + (1 - share) * plain[-1 - index]
+        torch.testing.assert_close(blends[index], expected)
+    each = torch.nn.functional.cross_entropy
+    smoothing, logits = RECIPE.label_smoothing, module.model(blends)
+    own = each(logits, split.labels, reduction="none", label_smoothing=smoothing)
+    others = each(logits, split.labels.flip(0), reduction="none", label_smoothing=smoothing)
+    torch.testing.assert_close(blended, (shares * own + (1 - shares) * others).mean())

@@ -23,6 +23,7 @@ COMMANDS = {
     "import": "turn a checkpoint of the published research code into one of ours",
     "archive": "pack a checkpoint into a TorchServe archive",
     "serve": "start, and stop, a server",
+    "health": "tell whether a server can answer, for probes",
     "edge": "put nginx in front of servers",
     "benchmark": "measure how fast this machine is",
     "doctor": "show what this machine has and what would be used",

@@ -45,7 +45,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--in-flight",
         type=int,
         metavar="N",
-        help="predictions that each server is given at a time; more get 429 (default: 4 for each "
+        help="predictions that each server is given at a time; more get 429 (default: 6 for each "
         "worker on a CPU, two batches for each on a GPU)",
     )
     add(

@@ -55,6 +55,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="MS",
         help="milliseconds to wait for a batch to fill",
     )
+    add(
+        "--decoders",
+        type=int,
+        default=defaults.decoders,
+        metavar="N",
+        help="processes of each worker that decode images (default: none, its threads do)",
+    )
     add("--token-auth", action="store_true", help="require TorchServe's tokens (key_file.json)")
     add("--log-dir", type=Path, help="where to log (default: in the server's state folder)")
     add("--foreground", action="store_true", help="stay, and log to the console, until a signal")
@@ -81,6 +88,7 @@ def run(args: argparse.Namespace) -> int:
         token_auth=args.token_auth,
         batch_size=args.batch_size,
         max_batch_delay=args.max_batch_delay,
+        decoders=args.decoders,
         foreground=args.foreground,
     )
     signal.signal(signal.SIGTERM, _interrupt)

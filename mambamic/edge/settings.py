@@ -32,7 +32,7 @@ class Upstream:
 
     host: str
     port: int
-    in_flight: int = 4
+    in_flight: int = 6
 
     def __post_init__(self) -> None:
         _check("--in-flight", self.in_flight, 1, QUEUE_SIZE // 2)

@@ -177,7 +177,12 @@ def _with_settings(stated: bytes, settings: Settings) -> bytes:
         "maxWorkers": settings.workers,
         "batchSize": settings.batch_size,
         "maxBatchDelay": settings.max_batch_delay,
-        "mambamic": {**section, "device": settings.device, "backend": settings.backend},
+        "mambamic": {
+            **section,
+            "device": settings.device,
+            "backend": settings.backend,
+            "decoders": settings.decoders,
+        },
     }
     text: str = yaml.safe_dump(config, sort_keys=False)
     return text.encode()

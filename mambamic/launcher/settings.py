@@ -58,7 +58,7 @@ $root      <AppenderRef ref="ts_log"/>
 </Configuration>
 """
 _LOG_FILE = """    <RollingFile name="$name" fileName=$file filePattern=$rolled>
-      <PatternLayout pattern="%d{ISO8601} [%-5p] %t - %m%n$exceptions"/>
+      <PatternLayout pattern="%d{ISO8601} [%-5p] %t - $message%n$exceptions"/>
       <Policies><SizeBasedTriggeringPolicy size="50 MB"/></Policies>
       <DefaultRolloverStrategy max="5"/>
     </RollingFile>
@@ -73,6 +73,8 @@ _LOG_FILES = {
     "ts_log": "%ex",
     "ts_metrics": "%ex",
 }
+# TorchServe makes nothing of an address's query, in which a client may have put a file's name.
+_LOG_MESSAGES = {"access_log": "%replace{%m}{[?][^ ]*}{}"}
 CONSOLE_LOG = "console.log"
 LOG_NAMES = (CONSOLE_LOG, EXPORTER_LOG, *(f"{name}.log" for name in _LOG_FILES))
 
@@ -90,6 +92,7 @@ class Settings:
         token_auth: Whether requests need TorchServe's tokens.
         batch_size: At most so many requests per batch.
         max_batch_delay: Milliseconds to wait for a batch to fill.
+        decoders: Processes of each worker that decode images; 0 decodes in its threads.
         foreground: Whether to log to the console too.
     """
 
@@ -101,6 +104,7 @@ class Settings:
     token_auth: bool = False
     batch_size: int = 32
     max_batch_delay: int = 1
+    decoders: int = 0
     foreground: bool = False
 
     def __post_init__(self) -> None:
@@ -109,6 +113,7 @@ class Settings:
             ("workers", 1, 256),
             ("batch_size", 1, 1024),
             ("max_batch_delay", 1, 10_000),
+            ("decoders", 0, 256),
         ):
             value = getattr(self, name)
             if not low <= value <= high:
@@ -238,6 +243,7 @@ def log_config(settings: Settings, logs: Path) -> str:
             file=quoteattr(str(logs / f"{name}.log")),
             # In a pattern a percent sign begins a field.
             rolled=quoteattr(str(logs).replace("%", "%%") + f"/{name}.%i.log.gz"),
+            message=_LOG_MESSAGES.get(name, "%m"),
             exceptions=exceptions,
         )
         for name, exceptions in _LOG_FILES.items()

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from mambamic.kernels import nvrtc
 from mambamic.kernels.augment import augment
 from mambamic.preprocess import Triple
-from mambamic.training.draws import draw_colours, draw_maps, draw_stains
+from mambamic.training.draws import draw_colours, draw_maps, draw_shares, draw_stains
 from mambamic.training.recipe import Strengths
 from mambamic.training.share import Share
 
@@ -77,6 +77,19 @@ class Augmentation(nn.Module):
         stains = draw_stains(whole, self.strengths.stain, self.generator)
         drawn = torch.cat([maps.flatten(1), colours, stains.flatten(1)], 1)
         return self.share.of(drawn), order
+
+    def blend(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Blend each of (B, 3, S, S) images with its partner, that at its place from the end.
+
+        Returns:
+            The blends, and (B,) what of each is still the image.
+        """
+        whole = len(images) * self.share.ranks
+        drawn = self.share.of(draw_shares(whole, self.strengths.mixup, self.generator))
+        shares = (drawn.pin_memory() if images.is_cuda else drawn).to(
+            images.device, non_blocking=True
+        )
+        return torch.lerp(images.flip(0), images, shares[:, None, None, None]), shares
 
     def _normalise(self, images: Tensor) -> Tensor:
         return images * self.scale[:, None, None] + self.shift[:, None, None]

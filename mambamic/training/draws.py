@@ -86,6 +86,15 @@ def draw_stains(batch: int, strength: float, generator: torch.Generator | None) 
     return torch.cat([linear, (summands @ _STAINS)[..., None]], 2)
 
 
+def draw_shares(batch: int, most: float, generator: torch.Generator | None) -> Tensor:
+    """Draw, per image, what of it is left when another is blended in (Zhang and others, 2018).
+
+    Returns:
+        (B,) float32, evenly between 1 - ``most`` and 1.
+    """
+    return 1 - most * torch.rand(batch, generator=generator)
+
+
 def draw_colours(
     batch: int, strengths: Strengths, generator: torch.Generator | None
 ) -> tuple[Tensor, list[int]]:

@@ -12,7 +12,11 @@ _REPEATING = 0.999
 
 
 def criterion(
-    logits: Tensor, labels: Tensor, smoothing: float = 0.0, weights: Tensor | None = None
+    logits: Tensor,
+    labels: Tensor,
+    smoothing: float = 0.0,
+    weights: Tensor | None = None,
+    shares: Tensor | None = None,
 ) -> Tensor:
     """Return the mean loss of (B, C) logits: cross-entropy, per class where labels are several.
 
@@ -21,15 +25,19 @@ def criterion(
         labels: (B,) indices, or (B, C) of 0 and 1.
         smoothing: How much of a label is spread over what it is not.
         weights: (C,), of classes; where labels are several, of their presence.
+        shares: (B,), what of an image the label is for; None for all of it.
     """
     if labels.ndim == 1:
-        # Over the images, not over their weights: a batch is the mean of its parts.
         losses = F.cross_entropy(
             logits, labels, weights, label_smoothing=smoothing, reduction="none"
         )
-        return losses.mean()
-    target = labels.to(logits.dtype) * (1 - smoothing) + smoothing / 2
-    return F.binary_cross_entropy_with_logits(logits, target, pos_weight=weights)
+    else:
+        target = labels.to(logits.dtype) * (1 - smoothing) + smoothing / 2
+        losses = F.binary_cross_entropy_with_logits(
+            logits, target, pos_weight=weights, reduction="none"
+        ).mean(-1)
+    # Over the images, not over their weights: a batch is the mean of its parts.
+    return (losses if shares is None else losses * shares).mean()
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> Tensor:

@@ -21,25 +21,32 @@ from mambamic.training.recipe import Recipe, epoch_seed
 
 GRAPHS = "MAMBAMIC_CUDA_GRAPHS"  # 0 in the environment: launch each kernel by itself
 _CHECKED = 50  # steps between two looks at whether all numbers were finite
+_RISE = 10  # steps after which the decay of the moving average is a half
 _RANKS_APART = 7_919  # what the seeds of two processes of one run differ by
 
 
 class MovingAverage(AveragedModel):
     """The moving average of a model's weights and buffers, without waiting for the device.
 
-    Buffers are averaged too: running statistics belong to the weights they were taken with.
+    Buffers are averaged too: running statistics belong to the weights they were taken with. The
+    decay rises to its value with the number of steps, so that the average of a short run, or of
+    the first epochs, does not hang on to where the weights began.
+
+    Args:
+        model: What is followed.
+        decay: Per step, in the long run.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         super().__init__(model, use_buffers=True)
         self._decay = decay
-        self._begun: bool | None = None
+        self._steps: int | None = None
 
     def update_parameters(self, model: nn.Module) -> None:
         """Follow the weights: take them over the first time, and then go a part of the way."""
-        if self._begun is None:  # known to the device alone where a run is resumed
-            self._begun = bool(self.n_averaged > 0)
-        weight = 1 - self._decay if self._begun else 1.0
+        if self._steps is None:  # known to the device alone where a run is resumed
+            self._steps = int(self.n_averaged)
+        weight = 1 - min(self._decay, self._steps / (_RISE + self._steps))
         averages = [*self.module.parameters(), *self.module.buffers()]
         current = [*model.parameters(), *model.buffers()]
         pairs = list(zip(averages, current, strict=True))
@@ -50,7 +57,7 @@ class MovingAverage(AveragedModel):
             if counters:
                 torch._foreach_copy_([a for a, _ in counters], [c for _, c in counters])
             self.n_averaged += 1
-        self._begun = True
+        self._steps += 1
 
 
 def capture(model: nn.Module, images: Tensor) -> None:
@@ -122,11 +129,17 @@ class TrainingModule(pl.LightningModule):
         """Return the loss of one batch of (B, S, S, 3) uint8 pixels and (B,) or (B, C) labels."""
         with torch.no_grad(), torch.autocast(pixels.device.type, enabled=False):
             images = self.augmentation(pixels)
+            mixed = self.augmentation.strengths.mixup > 0
+            images, shares = self.augmentation.blend(images) if mixed else (images, None)
         if images.is_cuda and self.to_capture:
             self.to_capture = False
             capture(self.model, images)
         logits = self.model(images).float()
-        return criterion(logits, labels, self.recipe.label_smoothing, self.weights)
+        given = (self.recipe.label_smoothing, self.weights)
+        if shares is None:
+            return criterion(logits, labels, *given)
+        others = criterion(logits, labels.flip(0), *given, 1 - shares)
+        return criterion(logits, labels, *given, shares) + others
 
     def training_step(self, batch: tuple[Tensor, Tensor], _index: int) -> Tensor:
         """Return the loss of one batch."""

@@ -83,6 +83,10 @@ class Strengths:
         default=0.15, metadata=_within("change of the factor of all channels, at most")
     )
     saturation: float = field(default=0.15, metadata=_within("change of the saturation, at most"))
+    mixup: float = field(
+        default=0.0,
+        metadata=_within("largest share of another image that is blended in, with its label", 0.5),
+    )
     hue: float = field(
         default=0.02, metadata=_within("turn of the hue, as a share of the circle, at most", 0.5)
     )
@@ -142,7 +146,7 @@ class Recipe:
     )
     ema_decay: float = field(
         default=0.995,
-        metadata=_fraction("per step, of the moving average of the weights; 0 for none"),
+        metadata=_fraction("per step in the long run, of the average of the weights; 0: none"),
     )
     class_weighting: str = field(
         default="none",

@@ -453,6 +453,20 @@ def test_ready_asks_for_a_prediction(
     assert running.ask("POST", "/ready").status == 405
 
 
+def test_the_page_and_the_interface_are_served(
+    front: tuple[RunningEdge, ScriptedServer, ScriptedServer],
+) -> None:
+    running, *servers = front
+    for path, kind, begins in (
+        ("/", "text/html", b"<!doctype html>"),
+        ("/openapi.yaml", "application/yaml", b"openapi: 3"),
+    ):
+        reply = running.ask("GET", path)
+        assert (reply.status, reply.headers["Content-Type"].split(";")[0]) == (200, kind)
+        assert reply.data.lower().startswith(begins)
+    assert tries(*servers) == 0
+
+
 def test_a_sender_that_stops_gets_no_server(state: Path) -> None:
     with scripted() as server, edge(state, ports=[server.port]) as running:
         conf = running.root / "nginx.conf"

@@ -215,7 +215,7 @@ def test_a_signal_in_the_foreground_answers_forty_requests_in_flight(
 
 def test_ready_is_a_prediction_and_its_id_is_in_the_servers_log(site: Site) -> None:
     # What the server's management API says of its workers sets the limit.
-    assert site.edge.printed.count("(up to 4)") == 2
+    assert site.edge.printed.count("(up to 6)") == 2
     reply = site.edge.ask("GET", "/ready", headers={"X-Request-ID": "ready-check-1"})
     assert reply.status == 200
     answer = reply.json()
@@ -264,7 +264,7 @@ def overload(running: RunningServer, cell: bytes, seconds: float) -> tuple[float
         load.stop()
     sustained = len(load.answers) / seconds
     half = open_loop(running, cell, sustained / 2, seconds)
-    assert Counter(answer.status for answer in half)[200] >= 0.95 * len(half)
+    assert Counter(answer.status for answer in half)[200] >= 0.9 * len(half)
     twice = open_loop(running, cell, sustained * 2, seconds)
     statuses = Counter(answer.status for answer in twice)
     print(

@@ -52,7 +52,8 @@ def check(body: Any, expected: dict[str, Any]) -> None:
 
 
 def test_the_start_ends_with_a_printed_prediction(server: RunningServer) -> None:
-    command, answer, summary = server.printed.splitlines()
+    command, answer, metrics, summary = server.printed.splitlines()
+    assert metrics == f"metrics at http://127.0.0.1:{server.port + 3}/metrics"
     assert command.startswith(f"$ curl http://127.0.0.1:{server.port}/predictions/mambamic -F ")
     assert set(json.loads(answer)) == {
         "label",
