@@ -82,7 +82,7 @@ def main() -> None:
     parser.add_argument("images", type=Path, help="a zip of images")
     parser.add_argument("--connections", type=int, nargs="+", default=[1, 32, 64])
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--seconds", type=int, default=10)
+    parser.add_argument("--seconds", type=int, default=30)
     parser.add_argument("--port", type=int, default=18080)
     parser.add_argument("--environments", type=Path, default=Path("build/peers"))
     parser.add_argument("--only", choices=("speed", "faults"))

@@ -66,7 +66,7 @@ def mixed(number: int, seed: int = 0) -> list[Sent]:
 def bad() -> list[Sent]:
     """Return input that a server has to refuse: empty, damaged, no image, far too many pixels."""
     whole = _encoded(draw_cell(SIDE, 0), "PNG")
-    bomb = _encoded(Image.new("1", (20_000, 20_000)), "PNG")
+    bomb = _encoded(Image.new("1", (9_000, 9_000)), "PNG")
     return [
         Sent(content, good=False)
         for content in (b"", b"not an image", whole[: len(whole) // 2], whole[100:], bomb)
