@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +152,37 @@ def test_an_empty_split(data: Path) -> None:
     report = check(data)
     assert [problem["what"] for problem in report["problems"]] == ["no images in val"]
     assert "val: nothing readable" in lines(report)
+
+
+def test_folders_without_any_image(tmp_path: Path) -> None:
+    (tmp_path / "train/a").mkdir(parents=True)
+    report = check(tmp_path)
+    problems = [problem["what"] for problem in report["problems"]]
+    assert problems == [
+        "fewer than two classes: nothing can be trained on this",
+        "no images in train",
+    ]
+    assert "images        0" in lines(report)
+
+
+def test_one_class_alone_spoils_training(data: Path) -> None:
+    for split in SPLITS:
+        shutil.rmtree(data / split / "b")
+    (problem,) = check(data)["problems"]
+    assert problem["what"].startswith("fewer than two classes")
+    assert (problem["count"], problem["examples"]) == (1, ["a"])
+
+
+@pytest.mark.parametrize(
+    ("split", "note"),
+    [
+        ("val", "there is no val split, and training needs one"),
+        ("test", "there is no test split"),
+    ],
+)
+def test_a_split_that_is_not_there(split: str, note: str, data: Path) -> None:
+    shutil.rmtree(data / split)
+    assert [found["what"] for found in check(data)["notes"]] == [note]
 
 
 def arrays(**splits: Any) -> dict[str, Any]:

@@ -50,6 +50,17 @@ def test_no_split_says_what_is_there(tmp_path: Path) -> None:
     write(tmp_path, "training/a/0.png", "validation/a/0.png")
     with pytest.raises(DataError, match=r"train, val, test but training, validation; .*rename"):
         find_splits(tmp_path)
+    with (
+        ExitStack() as stack,
+        pytest.raises(DataError, match=r"neither train/ nor train\.zip; .*arrange\.py make them"),
+    ):
+        open_split(tmp_path, "train", stack)
+    write(tmp_path, "train/a/0.png")
+    with (
+        ExitStack() as stack,
+        pytest.raises(DataError, match=r"check the path and the name of the split$"),
+    ):
+        open_split(tmp_path, "tset", stack)
     with pytest.raises(DataError, match=r"nothing has none of train, val, test; expected SPLIT/"):
         find_splits(tmp_path / "nothing")
 

@@ -27,7 +27,7 @@ example:
   mambamic data stats blood_cells --input-size 224
 
 exit status: 0 nothing wrong, 1 something spoils a result (unreadable files, an image in two splits,
-a class that a split lacks) or the data cannot be read, 2 the call is wrong
+a class that a split lacks, one class alone) or the data cannot be read, 2 the call is wrong
 """
 
 

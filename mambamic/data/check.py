@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 Report: TypeAlias = dict[str, Any]
 _IMBALANCED = 10  # times as many images in the largest class as in the smallest
+_NEEDED = ("train", "val")  # to train on
 _NAMED = 3  # examples of each finding
 
 
@@ -78,7 +79,11 @@ def check(data: Path, classes: tuple[str, ...] | None = None, *, progress: bool 
         "splits": splits,
         "duplicates": [[place.as_json() for place in found] for found in twice],
     }
-    report["problems"] = [*_leaks(twice, list(splits)), *_split_problems(splits)]
+    report["problems"] = [
+        *_leaks(twice, list(splits)),
+        *_class_problems(known),
+        *_split_problems(splits),
+    ]
     report["notes"] = [*_split_notes(report), *_duplicate_notes(twice, list(splits))]
     return report
 
@@ -156,6 +161,12 @@ def _finding(what: str, examples: Sequence[str] = (), count: int | None = None) 
     return {"what": what, "count": total, "examples": list(examples[:_NAMED])}
 
 
+def _class_problems(classes: Sequence[str]) -> Iterator[Report]:
+    if len(classes) < 2:
+        what = "fewer than two classes: nothing can be trained on this"
+        yield _finding(what, [*classes], count=len(classes))
+
+
 def _split_problems(splits: Report) -> Iterator[Report]:
     for name, split in splits.items():
         if split["images"] == 0:
@@ -182,11 +193,10 @@ def _leaks(twice: list[list[_Place]], splits: list[str]) -> Iterator[Report]:
 
 def _split_notes(report: Report) -> Iterator[Report]:
     splits = report["splits"]
-    if len(report["classes"]) < 2:
-        yield _finding("fewer than two classes: nothing can be trained on this")
     for name in SPLITS:
         if name not in splits:
-            yield _finding(f"there is no {name} split")
+            needed = ", and training needs one" * (name in _NEEDED)
+            yield _finding(f"there is no {name} split{needed}")
     for name, split in splits.items():
         if split["passed_over"]:
             what = f"files of {name} that are not at CLASS/IMAGE and are passed over"
@@ -223,7 +233,7 @@ def lines(report: Report) -> list[str]:
     splits: dict[str, Report] = report["splits"]
     labels = " (several may be right)" if report["multi_label"] else ""
     text = [f"{report['data']}: {len(report['classes'])} classes{labels}", ""]
-    width = max(len("images"), *map(len, report["classes"]))
+    width = max(map(len, ["images", *report["classes"]]))
     text.append(" " * width + "".join(f"{name:>9}" for name in splits))
     for label in report["classes"]:
         counts = "".join(f"{split['counts'][label]:9}" for split in splits.values())

@@ -27,6 +27,10 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 SPLITS = ("train", "val", "test")
 LAYOUT = "SPLIT/CLASS/IMAGE, as folders or in SPLIT.zip, or a MedMNIST .npz"
+_NO_SPLITS = (
+    f"check the path; or rename what is there to {', '.join(SPLITS)}; or, where there are no "
+    "splits yet, let examples/arrange.py make them (docs/datasets.md)"
+)
 AT_ONCE = 256  # images between two steps of a progress bar
 # A RuntimeError is what zipfile raises for encryption and for methods that it lacks.
 UNREADABLE = (OSError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
@@ -113,7 +117,8 @@ class FileSource(Source):
             raise DataError(
                 f"split {split!r} has the classes {', '.join(unknown)}",
                 "none but " + ", ".join(known),
-                "rename or remove these folders, or use a checkpoint that was trained on them",
+                "rename or remove these folders; or train with --classes that name them all, "
+                "apart by spaces",
             )
         labels = np.array([index[name] for name in folders], np.int64)
         super().__init__(split, known, labels, kept, passed_over)
@@ -182,7 +187,7 @@ def open_split(
     elif (data / f"{split}.zip").is_file():
         root = open_zip(data / f"{split}.zip", stack)
     else:
-        raise DataError(_nothing(data, split), LAYOUT, "check the path")
+        raise DataError(_nothing(data, split), LAYOUT, _remedy(data))
     return FileSource(split, root, classes)
 
 
@@ -205,7 +210,7 @@ def find_splits(data: Path) -> tuple[str, ...]:
         raise DataError(
             f"{data} has none of {', '.join(SPLITS)}" + (f" but {', '.join(here)}" * bool(here)),
             LAYOUT,
-            "rename what is there, or check the path",
+            _remedy(data),
         )
     return tuple(split for split in SPLITS if split in found)
 
@@ -244,6 +249,14 @@ def _nothing(data: Path, split: str) -> str:
     if not data.exists():
         return f"{data} does not exist, and so has neither {split}/ nor {split}.zip"
     return f"{data} has neither {split}/ nor {split}.zip"
+
+
+def _remedy(data: Path) -> str:
+    """Return what to do about a split that a data set lacks."""
+    filled = data.is_dir() and any(data.iterdir())
+    if filled and not any((data / s).exists() or (data / f"{s}.zip").exists() for s in SPLITS):
+        return _NO_SPLITS
+    return "check the path and the name of the split"
 
 
 def _splits_in(archive: zipfile.ZipFile) -> set[str]:
