@@ -141,6 +141,23 @@ def test_a_reader_that_has_enough(random_checkpoint: Path, cell: str, root: Path
     assert done.stderr == ""
 
 
+def test_a_disk_that_is_full(root: Path) -> None:
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-u", "-m", "mambamic", "info", "mambamic_t"],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=root,
+            timeout=120,
+        )
+    assert done.returncode == 1
+    assert done.stderr.startswith(
+        "mambamic info: a file cannot be read or written (No space left on device); expected "
+    )
+    assert len(done.stderr.splitlines()) == 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "status", "message"),
     [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
 import os
 import sys
@@ -70,6 +71,20 @@ def _missing(error: ModuleNotFoundError) -> UsageError:
     )
 
 
+# What any command may meet wherever it writes, and what is no fault of the program.
+_CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+
+
+def _unwritable(error: OSError) -> MambamicError:
+    named = error.filename2 or error.filename
+    what = "a file" if named is None else str(named)
+    return MambamicError(
+        f"{what} cannot be read or written ({error.strerror})",
+        "permission, and space on the disk",
+        "free some, or give another folder; what was finished before is kept",
+    )
+
+
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="mambamic", description="Microscopy image classification with state-space models."
@@ -104,6 +119,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         return 130
+    except OSError as error:
+        if error.errno not in _CANNOT_WRITE:
+            raise
+        return _report(_unwritable(error), arguments)
 
 
 def _report(error: MambamicError, arguments: Sequence[str]) -> int:
