@@ -233,8 +233,10 @@ def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
+        inside = path.parent / "checkpoint"  # where a training run leaves it
+        run = (inside / path.name).is_file()
         raise CheckpointError(
             f"{path} cannot be read ({error.strerror})",
             f"a checkpoint folder with {', '.join(FILES)}",
-            "check the path, or get the checkpoint again",
+            f"give {inside}" if run else "check the path, or get the checkpoint again",
         ) from error

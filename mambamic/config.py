@@ -23,8 +23,9 @@ ARCHITECTURES = (
     "medmamba_b",
 )
 HEADS = ("softmax", "sigmoid")
-# The smallest that MambaMIC takes; the models check what they need themselves.
+# What still has one position in the last stage; here too, so that it is told before any work.
 _SMALLEST, _LARGEST = 29, 4096
+_SMALLEST_MEDMAMBA = 32
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,9 @@ class Config:
             value = getattr(self, name)
             if not holds(value):
                 raise _wrong(name, value, expected)
+        if self.architecture.startswith("medmamba") and self.input_size < _SMALLEST_MEDMAMBA:
+            expected = f"at least {_SMALLEST_MEDMAMBA} for {self.architecture}"
+            raise _wrong("input_size", self.input_size, expected)
 
     @property
     def preprocess(self) -> Preprocess:
@@ -154,6 +158,10 @@ def _is_triple(value: object) -> bool:
     return isinstance(value, tuple) and len(value) == 3 and all(map(_is_number, value))
 
 
+def _is_mean(value: Any) -> bool:
+    return _is_triple(value) and min(value) >= 0 and max(value) <= 1
+
+
 def _is_positive_triple(value: Any) -> bool:
     return _is_triple(value) and min(value) > 0
 
@@ -199,7 +207,7 @@ _RULES: dict[str, _Rule] = {
     ),
     "resize": _one_of(*RESIZE_RULES),
     "interpolation": _one_of(*INTERPOLATIONS),
-    "mean": (_is_triple, "three numbers"),
+    "mean": (_is_mean, "three numbers from 0 to 1"),
     "std": (_is_positive_triple, "three numbers above 0"),
     "mpp": _POSITIVE_OR_NULL,
     "head": _one_of(*HEADS),

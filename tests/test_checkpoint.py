@@ -112,6 +112,13 @@ def test_no_folder(tmp_path: Path) -> None:
         load_checkpoint(tmp_path / "nothing")
 
 
+def test_the_folder_of_a_run_in_place_of_its_checkpoint(folder: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(folder, run / "checkpoint")
+    with pytest.raises(CheckpointError, match=f"config.json cannot be .*; give {run}/checkpoint$"):
+        load_checkpoint(run)
+
+
 def test_checkpoint_is_replaced(folder: Path, weights: dict[str, torch.Tensor]) -> None:
     save_checkpoint(folder, CONFIG, weights, "# Second\n")
     assert load_checkpoint(folder).card() == "# Second\n"
