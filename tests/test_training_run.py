@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 import csv
+import fcntl
 import json
+import os
+import pty
 import shutil
+import struct
+import subprocess
+import sys
+import termios
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -107,8 +115,11 @@ def test_starts_from_a_checkpoint_with_a_new_head(
     base = load_checkpoint(finished / "checkpoint")
     run = run_in(other, tmp_path / "out", init=base.path, recipe=replace(RECIPE, epochs=2))
     checkpoint = train(run, device="cpu")
+    shown = capsys.readouterr()
     said = f"starting from {base.path}, with a new head: it had 2 other classes, now 3"
-    assert said in capsys.readouterr().err
+    assert said in shown.err
+    assert "epoch 2 of 2: train_loss " in shown.err
+    assert shown.out == ""
     assert checkpoint.config.classes == ("blood", "stain", "third")
     stated = json.loads((tmp_path / "out/run.json").read_text())
     assert stated["init"] == base.config.weights_sha256
@@ -139,6 +150,57 @@ def test_classes_in_the_order_asked_for(data: Path, tmp_path: Path) -> None:
     call = [*command(data, tmp_path / "out"), "--epochs", "2", "--classes", "stain", "blood"]
     assert main(call) == 0
     assert load_checkpoint(tmp_path / "out/checkpoint").config.classes == ("stain", "blood")
+
+
+@pytest.mark.parametrize(
+    ("classes", "message"),
+    [
+        (["stain", "blood", "third"], "classes third without an image in train; expected"),
+        (["stain", "blood", "blood"], "'classes' is ('stain', 'blood', 'blood'); expected"),
+    ],
+)
+def test_classes_that_cannot_be_learned(
+    classes: list[str],
+    message: str,
+    data: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main([*command(data, tmp_path / "out"), "--classes", *classes]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_progress_on_a_terminal(data: Path, tmp_path: Path) -> None:
+    mine, its = pty.openpty()
+    fcntl.ioctl(its, termios.TIOCSWINSZ, struct.pack("4H", 40, 120, 0, 0))
+    call = [argument for argument in command(data, tmp_path / "out") if argument != "--quiet"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "mambamic", *call, "--epochs", "2"],
+        stdout=subprocess.PIPE,
+        stderr=its,
+        text=True,
+    )
+    os.close(its)
+    shown = read_to_the_end(mine)
+    assert process.stdout is not None
+    with process.stdout:
+        result = process.stdout.read()
+    assert process.wait(120) == 0
+    assert result.startswith(f"{tmp_path / 'out/checkpoint'}: validation accuracy ")
+    assert len(result.splitlines()) == 1
+    assert "epoch 2 of 2: " in shown
+    assert "v_num" not in shown
+
+
+def read_to_the_end(terminal: int) -> str:
+    """What was written to a terminal until all who had it open have ended."""
+    parts = []
+    # EIO is raised when nobody has it open any more.
+    with open(terminal, "rb", buffering=0) as file, suppress(OSError):
+        while part := file.read(65536):
+            parts.append(part)
+    return b"".join(parts).decode()
 
 
 def test_a_recipe_file(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -180,6 +242,11 @@ def test_classes_that_differ_are_named(data: Path, tmp_path: Path) -> None:
     [
         ({"architecture": "mambamic_x"}, "'mambamic_x'"),
         ({"preprocess": Preprocess(input_size=16)}, "'input_size' is 16"),
+        (
+            {"architecture": "medmamba_t", "preprocess": Preprocess(input_size=30)},
+            "'input_size' is 30; expected at least 32 for medmamba_t",
+        ),
+        ({"preprocess": Preprocess(mean=(128, 128, 128))}, "expected three numbers from 0 to 1"),
         ({"mpp": -1.0}, "'mpp' is -1.0"),
         ({"licence": ""}, "'licence' is ''"),
     ],
@@ -249,4 +316,6 @@ def test_a_wrong_call(arguments: list[str], capsys: pytest.CaptureFixture[str]) 
     with pytest.raises(SystemExit) as status:
         main(arguments)
     assert status.value.code == 2
-    assert "usage: mambamic train" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "usage: mambamic train" in error
+    assert len(error.splitlines()) == 2, "the options hide the error"

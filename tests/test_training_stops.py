@@ -221,7 +221,9 @@ def test_a_finished_run_is_not_repeated(
     out = shutil.copytree(finished, tmp_path / "copy")
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
     assert main(command(data, out)) == 0
-    assert "validation accuracy 1.0000" in capsys.readouterr().out
+    shown = capsys.readouterr()
+    assert "validation accuracy 1.0000" in shown.out
+    assert "checkpoint is of a finished run, and nothing was trained; to train" in shown.err
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
 
 
@@ -252,6 +254,10 @@ def test_a_lost_result_is_written_again(data: Path, finished: Path, tmp_path: Pa
         (
             {"recipe": replace(RECIPE, augmentation=Strengths(stain=0.3))},
             "with stain 0.05 and not 0.3; expected",
+        ),
+        (
+            {"classes": ("stain", "blood")},
+            r"classes \['blood', 'stain'\] and not \['stain', 'blood'\]",
         ),
         ({"architecture": "mambamic_s"}, "architecture 'mambamic_t' and not 'mambamic_s'"),
         (

@@ -30,6 +30,8 @@ examples:
 
 exit status: 0 trained, 1 something failed, 2 the call is wrong, 130 or 143 stopped
 """
+_USAGE = "mambamic train DATA --arch ARCH --out OUT [option ...]"
+_METAVARS = {int: "N", float: "X", str: "NAME"}
 _NUMBERS = {2: ("LOW", "HIGH"), 3: ("R", "G", "B")}
 _INPUT = {
     "input_size": "side of the model's input in pixels",
@@ -43,8 +45,12 @@ _INPUT = {
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     parser.description = _DESCRIPTION
+    parser.usage = _USAGE  # all fifty options before each error would hide it
     parser.add_argument(
-        "data", type=Path, help="folder with train and val, as folders or zips; or .npz"
+        "data",
+        type=Path,
+        metavar="DATA",
+        help="folder with train and val, as folders or zips; or .npz",
     )
     parser.add_argument("--arch", required=True, help="mambamic_t|s|b or medmamba_t|s|b")
     parser.add_argument("--out", type=Path, required=True, help="folder for state, log and result")
@@ -59,15 +65,18 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default auto)")
     parser.add_argument(
-        "--devices", type=positive, default=1, help="that share each batch (default 1)"
+        "--devices", type=positive, default=1, metavar="N", help="that share each batch (default 1)"
     )
     parser.add_argument(
-        "--classes", nargs="+", metavar="NAME", help="in the order wanted (default alphabetical)"
+        "--classes",
+        nargs="+",
+        metavar="NAME",
+        help="all of them, in the order wanted (default: sorted)",
     )
     parser.add_argument("--mpp", type=float, help="microns per pixel of the tiles")
     parser.add_argument("--licence", default="unknown", help="of the weights, for the model card")
     parser.add_argument("--about", default="unknown", help="what the images are, for the card")
-    parser.add_argument("--quiet", action="store_true", help="no progress bars")
+    parser.add_argument("--quiet", action="store_true", help="no bars, no line per epoch")
     for title, kind in (("recipe", Recipe), ("augmentation", Strengths), ("input", Preprocess)):
         group = parser.add_argument_group(
             title, f"in place of what the recipe says; in brackets, what {DEFAULT} says"
@@ -87,7 +96,7 @@ def _add(group: argparse._ArgumentGroup, setting: Field[Any]) -> None:
         "--" + setting.name.replace("_", "-"),
         type=float if several else type(default),
         nargs=len(default) if several else None,
-        metavar=_NUMBERS[len(default)] if several else None,
+        metavar=_NUMBERS[len(default)] if several else _METAVARS[type(default)],
         default=argparse.SUPPRESS,
         help=f"{about} ({shown})",
     )
@@ -101,7 +110,7 @@ def _changes(args: Mapping[str, Any]) -> dict[str, Any]:
 
 def run(args: argparse.Namespace) -> int:
     """Train and print where the checkpoint is and how good it is."""
-    from mambamic.training.run import Run, train
+    from mambamic.training.run import RESULT, Run, train
 
     recipe, preprocess = read_recipe(args.recipe, _changes(vars(args)))
     task = Run(
@@ -116,11 +125,15 @@ def run(args: argparse.Namespace) -> int:
         init=args.init,
         classes=tuple(args.classes) if args.classes else None,
     )
+    finished = (args.out / RESULT).exists()
     try:
         checkpoint = train(task, device=args.device, devices=args.devices, progress=not args.quiet)
     except (KeyboardInterrupt, SystemExit):
         print("stopped; the same command goes on after the last finished epoch", file=sys.stderr)
         raise
+    if finished:
+        note = "is of a finished run, and nothing was trained; to train again give another --out"
+        print(f"{checkpoint.path} {note}", file=sys.stderr)
     metrics = checkpoint.config.metrics
     print(
         f"{checkpoint.path}: validation accuracy {metrics['val_accuracy']:.4f} "

@@ -95,7 +95,8 @@ def _decode(source: Source, preprocess: Preprocess, *, progress: bool) -> Pixels
     failures = []
     decoded = source.map(lambda stored: preprocess.pixels(stored.image))
     title = f"reading {source.split}"
-    bar = tqdm(decoded, title, len(source), unit="image", disable=not progress)
+    disable = None if progress else True  # None: no bar where standard error is not a terminal
+    bar = tqdm(decoded, title, len(source), unit="image", disable=disable)
     for index, result in enumerate(bar):
         if isinstance(result, MambamicError):
             failures.append((source.names[index], result))

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 import signal
+import sys
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,10 @@ from pytorch_lightning.callbacks import (
     ModelCheckpoint,
     TQDMProgressBar,
 )
+from pytorch_lightning.callbacks.progress.tqdm_progress import Tqdm
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 from pytorch_lightning.utilities.exceptions import SIGTERMException
+from tqdm import tqdm
 
 from mambamic.training.data import Batches, Split
 from mambamic.training.module import TrainingModule
@@ -95,6 +98,43 @@ class Progress(Callback):
         self.images, self.epochs = int(state_dict["images"]), int(state_dict["epochs"])
 
 
+class _Bars(TQDMProgressBar):
+    """Bars on standard error, as all bars are, that count epochs from 1, as the result does."""
+
+    def init_train_tqdm(self) -> Tqdm:
+        with redirect_stdout(sys.stderr):
+            return super().init_train_tqdm()
+
+    def init_validation_tqdm(self) -> Tqdm:
+        with redirect_stdout(sys.stderr):
+            return super().init_validation_tqdm()
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, *args: Any) -> None:
+        super().on_train_epoch_start(trainer, *args)
+        self.train_progress_bar.set_description(_epoch(trainer))
+
+    def get_metrics(
+        self, trainer: pl.Trainer, module: pl.LightningModule
+    ) -> dict[str, int | str | float | dict[str, float]]:
+        metrics = super().get_metrics(trainer, module)
+        metrics.pop("v_num", None)  # which start of the run this is
+        return metrics
+
+
+class _Lines(Callback):
+    """A line per epoch, for the log file of a run that nobody watches."""
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        names = ("train_loss", "val_loss", MONITOR)
+        found = {name: float(trainer.callback_metrics[name]) for name in names}
+        shown = ", ".join(f"{name} {value:.4f}" for name, value in found.items())
+        tqdm.write(f"{_epoch(trainer)}: {shown}", file=sys.stderr)
+
+
+def _epoch(trainer: pl.Trainer) -> str:
+    return f"epoch {trainer.current_epoch + 1} of {trainer.max_epochs}"
+
+
 @contextmanager
 def quiet() -> Iterator[None]:
     """Silence what Lightning says about choices made here on purpose, and its advertisements."""
@@ -140,13 +180,14 @@ def fit(
         clock: Counts.
         train: The images, on the device.
         val: Of the images that choose the epoch.
-        progress: Whether to show progress bars.
+        progress: Whether to show bars, or a line per epoch where standard error is no terminal.
     """
     recipe, share, device = module.recipe, module.share, train.pixels.device
     several = share.ranks > 1
     batches = Batches(train, recipe.batch_size, recipe.seed, share)
     curves = CSVLogger(out, name=LOG)  # a part for each start
     state = out / f"{STATE}.ckpt"
+    shown = progress and share.rank == 0
     with quiet(), _stoppable():
         trainer = pl.Trainer(
             accelerator=device.type.replace("cuda", "gpu"),
@@ -155,12 +196,12 @@ def fit(
             use_distributed_sampler=False,  # batches know their share
             precision="bf16-mixed" if train.pixels.is_cuda else "32-true",
             max_epochs=recipe.epochs,
-            callbacks=_callbacks(out, clock, recipe.patience, progress and share.rank == 0),
+            callbacks=_callbacks(out, clock, recipe.patience, shown),
             logger=[
                 curves,
                 TensorBoardLogger(out, CURVES, curves.version, default_hp_metric=False),
             ],
-            enable_progress_bar=progress and share.rank == 0,
+            enable_progress_bar=shown and sys.stderr.isatty(),
             enable_model_summary=False,
             num_sanity_val_steps=0,
             log_every_n_steps=min(20, len(batches)),
@@ -175,13 +216,13 @@ def fit(
     return out / f"{BEST}.ckpt"
 
 
-def _callbacks(out: Path, clock: Progress, patience: int, bar: bool) -> list[Callback]:
+def _callbacks(out: Path, clock: Progress, patience: int, shown: bool) -> list[Callback]:
     best = _Keep(out, filename=BEST, monitor=MONITOR, mode="max", enable_version_counter=False)
     # A callback of its own: beside a score, Lightning writes the last state after the best only.
     last = _Keep(out, filename=STATE, enable_version_counter=False)
     callbacks: list[Callback] = [best, last, clock]
     if patience:
         callbacks.append(_Patience("val_loss", patience=patience))
-    if bar:
-        callbacks.append(TQDMProgressBar(refresh_rate=10))
+    if shown:
+        callbacks.append(_Bars(refresh_rate=10) if sys.stderr.isatty() else _Lines())
     return callbacks

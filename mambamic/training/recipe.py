@@ -83,12 +83,12 @@ class Strengths:
         default=0.15, metadata=_within("change of the factor of all channels, at most")
     )
     saturation: float = field(default=0.15, metadata=_within("change of the saturation, at most"))
+    hue: float = field(
+        default=0.02, metadata=_within("turn of the hue, as a share of the circle, at most", 0.5)
+    )
     mixup: float = field(
         default=0.0,
         metadata=_within("largest share of another image that is blended in, with its label", 0.5),
-    )
-    hue: float = field(
-        default=0.02, metadata=_within("turn of the hue, as a share of the circle, at most", 0.5)
     )
 
     def __post_init__(self) -> None:
@@ -175,7 +175,7 @@ class Recipe:
             raise UsageError(
                 f"warmup_epochs {self.warmup_epochs}",
                 f"fewer than the {self.epochs} epochs",
-                "give another value",
+                "give fewer warmup_epochs, 0 say, or more epochs",
             )
 
     def as_dict(self) -> dict[str, Any]:

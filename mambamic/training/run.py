@@ -133,10 +133,11 @@ def train(run: Run, *, device: str = "auto", devices: int = 1, progress: bool = 
     resolve("auto", target)
     _check_devices(devices, target, run.recipe)
     # Now, and not when the training is over.
-    run.config(("a class",), {})
+    run.config(run.classes or ("a class",), {})
     if run.init is not None:
         check_initial(run.initial(), run.architecture)
-    _compare(run.out, run.identity())
+    named = {} if run.classes is None else {"classes": run.classes}
+    _compare(run.out, run.identity() | named)
     if (run.out / RESULT).exists():
         return _describe_anew(run, load_checkpoint(run.out / RESULT))
     if devices == 1:
@@ -174,6 +175,8 @@ def _load(run: Run, progress: bool) -> tuple[Split, Split]:
         for name in ("train", "val")
     )
     _compare_classes(train, val)
+    if run.classes is not None:
+        _check_present(train)
     return train, val
 
 
@@ -252,6 +255,19 @@ def _compare_classes(train: Split, val: Split) -> None:
                 "the same classes in both",
                 "add what is missing, or remove it",
             )
+
+
+def _check_present(train: Split) -> None:
+    """Refuse classes that were named and cannot be learned."""
+    labels = train.labels
+    present = labels.sum(0) if labels.ndim == 2 else labels.bincount(minlength=len(train.classes))
+    absent = [name for name, count in zip(train.classes, present, strict=True) if count == 0]
+    if absent:
+        raise UsageError(
+            f"classes {', '.join(absent)} without an image in train",
+            "classes that are there",
+            "correct or leave out these names, or add images",
+        )
 
 
 def _compare(out: Path, identity: dict[str, Any]) -> None:
