@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import sys
 import time
@@ -22,6 +23,7 @@ from pytorch_lightning.callbacks import (
 )
 from pytorch_lightning.callbacks.progress.tqdm_progress import Tqdm
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
+from pytorch_lightning.plugins.io import TorchCheckpointIO
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 from tqdm import tqdm
 
@@ -50,6 +52,30 @@ class _Keep(ModelCheckpoint):
 
 def _moved(path: str, folder: str) -> str:
     return str(Path(folder, Path(path).name)) if path else ""
+
+
+class WholeFiles(TorchCheckpointIO):
+    """Writes a state whole or not at all, also where another file system than /tmp holds it.
+
+    Lightning writes to the folder for temporary files and moves from there, which between file
+    systems is a copy: a run that was killed meanwhile could not be resumed.
+    """
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
+    ) -> None:
+        """Write beside the file, and then put it in its place."""
+        assert storage_options is None
+        fresh = Path(path).with_name(f".{Path(path).name}")
+        fresh.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with fresh.open("wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            fresh.replace(path)
+        finally:
+            fresh.unlink(missing_ok=True)
 
 
 class _Patience(EarlyStopping):
@@ -193,6 +219,7 @@ def fit(
             accelerator=device.type.replace("cuda", "gpu"),
             devices=share.ranks,
             strategy=Together(share) if several else "auto",
+            plugins=[WholeFiles()],
             use_distributed_sampler=False,  # batches know their share
             precision="bf16-mixed" if train.pixels.is_cuda else "32-true",
             max_epochs=recipe.epochs,
