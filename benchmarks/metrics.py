@@ -13,11 +13,11 @@ import numpy as np
 
 from benchmarks.common import write
 from mambamic import Classifier
-from mambamic.classifier import Prediction
 from mambamic.decoding import Timed
 from mambamic.handlers.metric_files import FOLDER_VARIABLE, PORT_VARIABLE
 from mambamic.handlers.metrics import ServiceMetrics
 from mambamic.handlers.responses import Answer
+from mambamic.prediction import Prediction
 
 
 class Processor:

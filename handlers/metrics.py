@@ -17,9 +17,10 @@ from mambamic.handlers import metric_files
 from mambamic.handlers.stamp import HEADER, seconds_since
 
 if TYPE_CHECKING:
-    from mambamic.classifier import Classifier, Prediction
+    from mambamic.classifier import Classifier
     from mambamic.decoding import Timed
     from mambamic.handlers.responses import Answer
+    from mambamic.prediction import Prediction
 
 # Asking the driver takes longer than all the rest together.
 GPU_EVERY_S = 1.0

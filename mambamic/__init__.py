@@ -8,14 +8,15 @@ from typing import TYPE_CHECKING, Any
 from mambamic._version import __version__
 
 if TYPE_CHECKING:
-    from mambamic.classifier import Classifier, Prediction
+    from mambamic.classifier import Classifier
     from mambamic.models import create_model, from_upstream
+    from mambamic.prediction import Prediction
 
 __all__ = ["Classifier", "Prediction", "__version__", "create_model", "from_upstream"]
 
 _HOME = {
     "Classifier": "mambamic.classifier",
-    "Prediction": "mambamic.classifier",
+    "Prediction": "mambamic.prediction",
     "create_model": "mambamic.models",
     "from_upstream": "mambamic.models",
 }

@@ -16,10 +16,11 @@ from PIL import Image
 
 from mambamic import Classifier, create_model
 from mambamic.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from mambamic.classifier import Prediction, find_device
 from mambamic.config import Config
+from mambamic.engine import find_device
 from mambamic.errors import BackendError, CheckpointError, ShapeError, UsageError
 from mambamic.images import decode
+from mambamic.prediction import Prediction
 
 from .random_checkpoint import write_random_checkpoint
 

@@ -7,10 +7,10 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from mambamic.classifier import Prediction
 from mambamic.explain.explanation import Explanation
 from mambamic.explain.methods import Heat
 from mambamic.explain.overlay import encode, overlay
+from mambamic.prediction import Prediction
 from mambamic.preprocess import Preprocess
 
 PREPROCESS = Preprocess(64)

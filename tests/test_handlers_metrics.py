@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from mambamic import Classifier, metrics
-from mambamic.classifier import Prediction
 from mambamic.decoding import Timed
 from mambamic.errors import DecodeError, RequestError
 from mambamic.handlers.metrics import ServiceMetrics
 from mambamic.handlers.responses import Answer, error_answer, list_answer
+from mambamic.prediction import Prediction
 
 from .random_checkpoint import CLASSES
 

@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from mambamic.classifier import DTYPES, Classifier, Prediction
+from mambamic.classifier import BACKENDS, DTYPES, Classifier
 from mambamic.cli.arguments import positive
 from mambamic.decoding import DecodePool
 from mambamic.errors import DecodeError, MambamicError
-from mambamic.kernels import BACKENDS
+from mambamic.prediction import Prediction
 
 DESCRIPTION = """\
 Classify images. A file that cannot be read is reported, and the others are classified.
@@ -24,6 +24,7 @@ example:
   mambamic predict model_store/mambamic_t_pbc examples/cell.png
   mambamic predict model_store/mambamic_t_pbc cells/*.png --json > predictions.jsonl
   mambamic predict model_store/mambamic_t_pbc cells/*.png --embedding > embeddings.jsonl
+  mambamic predict model.onnx examples/cell.png
 
 exit status: 0 all classified, 1 something failed, 2 the call is wrong
 """
@@ -33,10 +34,20 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``mambamic predict``."""
     parser.description = DESCRIPTION
     add = parser.add_argument
-    add("checkpoint", type=Path, metavar="CHECKPOINT", help="the checkpoint's folder")
+    add(
+        "checkpoint",
+        type=Path,
+        metavar="CHECKPOINT",
+        help="a checkpoint's folder, or a file of mambamic onnx",
+    )
     add("images", type=Path, nargs="+", metavar="IMAGE", help="image files")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
-    add("--backend", default="auto", choices=BACKENDS, help="of the scan (default: %(default)s)")
+    add(
+        "--backend",
+        default="auto",
+        choices=BACKENDS,
+        help="of the scan, or onnxruntime (default: %(default)s)",
+    )
     add("--dtype", default="auto", choices=("auto", *DTYPES), help="default: %(default)s")
     add("--batch-size", type=positive, default=32, help="images at a time (default: %(default)s)")
     add("--json", action="store_true", help="print a JSON object per image, all classes in it")

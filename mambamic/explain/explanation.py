@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from mambamic.classifier import Classifier, Prediction
+from mambamic.classifier import Classifier
 from mambamic.errors import UsageError
 from mambamic.explain.methods import Heat, grad_cam, integrated_gradients, occlusion
+from mambamic.prediction import Prediction
 from mambamic.preprocess import Pixels
 
 METHODS = ("occlusion", "integrated-gradients", "grad-cam")
