@@ -146,11 +146,14 @@ class OnnxEngine:
     def outputs(self, pixels: Pixels) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Return probabilities (B, classes) and embeddings (B, C) of images of the model's size."""
         names = ["probabilities", "features"]
-        parts = []
-        for start in range(0, max(1, len(pixels)), self.max_batch):
-            part = np.ascontiguousarray(pixels[start : start + self.max_batch])
-            parts.append(self.session.run(names, {"pixels": part}))
-        probabilities, features = (np.concatenate(rows) for rows in zip(*parts, strict=True))
+        widths = {output.name: output.shape[1] for output in self.session.get_outputs()}
+        probabilities, features = (
+            np.empty((len(pixels), widths[name]), np.float32) for name in names
+        )
+        for start in range(0, len(pixels), self.max_batch):
+            part = slice(start, start + self.max_batch)
+            batch = np.ascontiguousarray(pixels[part])
+            probabilities[part], features[part] = self.session.run(names, {"pixels": batch})
         return probabilities, features
 
     def plain_module(self) -> NoReturn:
