@@ -19,11 +19,14 @@ from mambamic.checkpoint import (
     CONFIG_FILE,
     OOD_FILE,
     WEIGHTS_FILE,
+    Checkpoint,
     load_checkpoint,
 )
 from mambamic.errors import UsageError
+from mambamic.graph.onnx import ONNX_FILE
 from mambamic.ood import load_detector
 
+FORMATS = ("torch", "onnx")
 MANIFEST_FILE = "MAR-INF/MANIFEST.json"
 MODEL_CONFIG_FILE = "model-config.yaml"
 # Not the name of a package: the file's folder comes first on the worker's path.
@@ -60,6 +63,7 @@ def write_archive(
     workers: int = 1,
     response_timeout: int = RESPONSE_TIMEOUT_S,
     startup_timeout: int = 120,
+    form: str = "torch",
 ) -> Path:
     """Pack a checkpoint; the same checkpoint and settings give the same bytes.
 
@@ -73,6 +77,7 @@ def write_archive(
         workers: Processes.
         response_timeout: Seconds after which a worker that does not answer is killed.
         startup_timeout: Seconds that a worker may take to load.
+        form: ``torch``, the weights; or ``onnx``, a file for ONNX Runtime in their place.
 
     Returns:
         The path of the archive.
@@ -82,6 +87,8 @@ def write_archive(
         UsageError: A name, version or number that TorchServe cannot take.
     """
     check_label(model_name, version)
+    if form not in FORMATS:
+        raise UsageError(f"format {form!r}", f"one of {', '.join(FORMATS)}", "choose one of these")
     settings = {
         "minWorkers": workers,
         "maxWorkers": workers,
@@ -100,7 +107,7 @@ def write_archive(
         HANDLER_FILE: _HANDLER.encode(),
         CONFIG_FILE: opened.config.to_json().encode(),
         CARD_FILE: opened.card().encode(),
-        WEIGHTS_FILE: opened.weights(),
+        **_network(opened, form),
     }
     detector = load_detector(opened)
     if detector is not None:
@@ -112,6 +119,15 @@ def write_archive(
         _write_zip(fresh, contents)
         fresh.replace(target)
     return target
+
+
+def _network(checkpoint: Checkpoint, form: str) -> dict[str, bytes]:
+    if form == "torch":
+        return {WEIGHTS_FILE: checkpoint.weights()}
+    # Here, because packing weights needs neither torch nor onnx.
+    from mambamic.export.onnx_export import serialise
+
+    return {ONNX_FILE: serialise(checkpoint)}
 
 
 def check_label(model_name: str, version: str) -> None:

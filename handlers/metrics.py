@@ -159,7 +159,8 @@ class ServiceMetrics:
     def _state_info(self, classifier: Classifier) -> None:
         stated = classifier.describe()
         used = {**stated, **stated["versions"]}
-        values = [str(used[label]) for label in metrics.INFO.labels[len(metrics.MODEL) :]]
+        # Without torch there is no version of it: an empty label counts as none.
+        values = [str(used.get(label, "")) for label in metrics.INFO.labels[len(metrics.MODEL) :]]
         self._series(metrics.INFO)[tuple(values)].set(1)
 
 

@@ -16,6 +16,7 @@ import traceback
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -29,6 +30,7 @@ from mambamic.errors import (
     UnavailableError,
     UsageError,
 )
+from mambamic.graph.onnx import find_onnx
 from mambamic.handlers.gate import Gate
 from mambamic.handlers.keeper import keep_connection
 from mambamic.handlers.metrics import ServiceMetrics
@@ -86,9 +88,12 @@ class ImageClassifier:
         options = _options(context.model_yaml_config)
         keep_parts()
         properties = context.system_properties
+        folder = Path(properties["model_dir"])
+        # ONNX Runtime computes on the CPU, whichever GPU the frontend deals out.
+        onnx = find_onnx(folder, asked=options["backend"] == "onnxruntime") is not None
         self._classifier: Classifier = Classifier.load(
-            properties["model_dir"],
-            device=_device(options["device"], properties.get("gpu_id")),
+            folder,
+            device="cpu" if onnx else _device(options["device"], properties.get("gpu_id")),
             backend=options["backend"],
             dtype=options["dtype"],
         )

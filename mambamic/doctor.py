@@ -185,7 +185,7 @@ def _compute() -> dict[str, Any]:
         import torch
 
         from mambamic import kernels
-        from mambamic.classifier import find_device
+        from mambamic.engine import find_device
     except ImportError as error:
         return {"error": f"{error}; run pip install 'mambamic[torch]'"}
     with warnings.catch_warnings():

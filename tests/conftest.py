@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -81,3 +83,27 @@ def pytest_terminal_summary(
 def random_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint of MambaMIC-T for eight classes with random weights, the same each time."""
     return write_random_checkpoint(tmp_path_factory.mktemp("checkpoint") / "random")
+
+
+@pytest.fixture(scope="session")
+def wheel(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel, built from a copy of the tracked folders: a build leaves files behind."""
+    copy = tmp_path_factory.mktemp("source")
+    names = [
+        "mambamic",
+        "kernels",
+        "handlers",
+        "export",
+        "deploy",
+        "setup.py",
+        "pyproject.toml",
+        "README.md",
+        "LICENSE",
+    ]
+    subprocess.run(["cp", "-a", *(str(root / name) for name in names), str(copy)], check=True)
+    (copy / "kernels" / "_scan2d.so").unlink(missing_ok=True)
+    target = tmp_path_factory.mktemp("wheel")
+    command = ["pip", "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(target)]
+    subprocess.run([sys.executable, "-m", *command, str(copy)], check=True, capture_output=True)
+    (built,) = target.iterdir()
+    return built

@@ -16,8 +16,8 @@ from PIL import Image
 
 from mambamic import Classifier, create_model
 from mambamic.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from mambamic.classifier import find_device
 from mambamic.config import Config
+from mambamic.engine import find_device
 from mambamic.errors import BackendError, CheckpointError, ShapeError, UsageError
 from mambamic.images import decode
 from mambamic.prediction import Prediction

@@ -19,6 +19,7 @@ from ts.context import Context
 from ts.service import Service
 
 from mambamic import Classifier
+from mambamic.engine import TorchEngine
 from mambamic.errors import CheckpointError, UsageError
 from mambamic.export.archive import write_archive
 from mambamic.handlers.gate import VARIABLE, Gate
@@ -190,18 +191,19 @@ def test_what_came_by_the_port_of_predictions_is_not_answered_with_versions(
 @contextmanager
 def before_the_network(worker: Worker, work: Callable[[torch.Tensor], None]) -> Iterator[None]:
     """Call something with each batch of pixels that goes into the network."""
-    classifier = worker.handler._classifier
-    network = classifier._network
+    engine = worker.handler._classifier._engine
+    assert isinstance(engine, TorchEngine)
+    network = engine.network
 
     def both(pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         work(pixels)
         return network(pixels)
 
-    classifier._network = both
+    engine.network = both
     try:
         yield
     finally:
-        classifier._network = network
+        engine.network = network
 
 
 @pytest.mark.parametrize(("largest", "answered"), [(4, 200), (3, 500)])
@@ -230,15 +232,16 @@ def test_after_running_out_of_memory_each_half_is_tried_once(
 def test_probabilities_that_are_no_numbers_are_an_error(
     worker: Worker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    classifier = worker.handler._classifier
-    network = classifier._network
+    engine = worker.handler._classifier._engine
+    assert isinstance(engine, TorchEngine)
+    network = engine.network
 
     def spoil(pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         logits, features = network(pixels)
         logits[0] = torch.nan
         return logits, features
 
-    monkeypatch.setattr(classifier, "_network", spoil)
+    monkeypatch.setattr(engine, "network", spoil)
     answers = worker.answer(*[as_sent([("image", "image/png", png(1))])] * 2)
     monkeypatch.undo()
     assert [status for status, _ in answers] == [500, 200]

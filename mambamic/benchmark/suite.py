@@ -17,7 +17,7 @@ from mambamic.benchmark import floors, inference, published, scan, training
 from mambamic.benchmark.environment import environment
 from mambamic.benchmark.timing import Timing
 from mambamic.checkpoint import load_checkpoint
-from mambamic.classifier import DTYPES, find_device
+from mambamic.engine import TORCH_DTYPES, find_device
 from mambamic.errors import MambamicError
 from mambamic.models import create_model, set_scan_backend
 
@@ -162,7 +162,7 @@ class Suite:
     def _scan(self, network: str, shape: scan.Shape) -> Row:
         images = self.options.scan_images or SCAN_IMAGES[self.device.type]
         usual = torch.float16 if self.device.type == "cuda" else torch.float32
-        dtype = DTYPES.get(self.options.dtype, usual)
+        dtype = TORCH_DTYPES.get(self.options.dtype, usual)
         measured = scan.measure(shape, images, self.backend, self.device, dtype, self.timing)
         row: Row = {"part": "scan", "network": network, "dtype": _name(dtype), **measured}
         batch, n_directions, d_inner, length = measured["shape"]

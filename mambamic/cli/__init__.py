@@ -22,6 +22,7 @@ COMMANDS = {
     "ood": "teach a checkpoint to tell images of its kind from others",
     "explain": "show where in an image a prediction comes from",
     "import": "turn a checkpoint of the published research code into one of ours",
+    "onnx": "export a checkpoint for ONNX Runtime, which needs no torch",
     "archive": "pack a checkpoint into a TorchServe archive",
     "serve": "start, and stop, a server",
     "health": "tell whether a server can answer, for probes",
@@ -44,6 +45,7 @@ class Command(Protocol):
 # What an installation without extras lacks, by the name that fails to import.
 _EXTRAS = {
     "torch": "torch",
+    "onnx": "onnx",
     "onnxruntime": "ort",
     "psutil": "serve",
     "ts": "serve",

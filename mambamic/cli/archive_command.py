@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from mambamic.errors import UsageError
-from mambamic.export.archive import write_archive
+from mambamic.export.archive import FORMATS, write_archive
 
 DESCRIPTION = """\
 Pack a checkpoint into a TorchServe archive. It runs under any TorchServe 0.12 in whose
@@ -14,6 +14,7 @@ environment mambamic[serve] is installed. The hash of the weights is checked fir
 
 example:
   mambamic archive model_store/mambamic_t_pbc --name cells --out model_store/cells.mar
+  mambamic archive model_store/mambamic_t_pbc --format onnx --out model_store/cells.mar
   torchserve --start --model-store model_store --models cells=cells.mar
 
 exit status: 0 written, 1 the checkpoint cannot be used, 2 the call is wrong
@@ -29,6 +30,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--version", default="1.0", help="of the model (default: %(default)s)")
     add("--out", type=Path, help="the file to write (default: NAME.mar in this folder)")
     add("--batch-size", type=int, default=32, help="requests per batch, at most (default: 32)")
+    add("--format", default="torch", choices=FORMATS,
+        help="weights, or a file for ONNX Runtime (default: %(default)s)")  # fmt: skip
     add("--force", action="store_true", help="replace an archive that is there")
 
 
@@ -43,6 +46,7 @@ def run(args: argparse.Namespace) -> int:
         model_name=args.name,
         version=args.version,
         batch_size=args.batch_size,
+        form=args.format,
     )
     print(f"{written} ({written.stat().st_size / 1e6:.1f} MB)")
     return 0

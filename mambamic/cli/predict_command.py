@@ -32,6 +32,7 @@ example:
   mambamic predict model_store/mambamic_t_pbc examples/cell.png
   mambamic predict model_store/mambamic_t_pbc cells/*.png --json > predictions.jsonl
   mambamic predict model_store/mambamic_t_pbc cells/*.png --embedding > embeddings.jsonl
+  mambamic predict model.onnx examples/cell.png
   mambamic predict --server http://127.0.0.1:8080 cells/*.png
 
 A token for the server is read from --token-file or the variable {TOKEN_VARIABLE}.
@@ -48,7 +49,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "       mambamic predict [options] --server URL IMAGE [IMAGE ...]"
     )
     add = parser.add_argument
-    checkpoint = add("checkpoint", metavar="CHECKPOINT", help="the checkpoint's folder")
+    checkpoint = add(
+        "checkpoint", metavar="CHECKPOINT", help="its folder, or a file of mambamic onnx"
+    )
     images = add("images", nargs="+", metavar="IMAGE", help="image files")
     add("--json", action="store_true", help="print a JSON object per image, all classes in it")
     add(
@@ -59,7 +62,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--batch-size", type=positive, default=32, help="images at a time (default: %(default)s)")
     here = parser.add_argument_group("here").add_argument
     here("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
-    here("--backend", default="auto", help="of the scan, see mambamic doctor (default: auto)")
+    here(
+        "--backend",
+        default="auto",
+        help="of the scan, see mambamic doctor, or onnxruntime (default: auto)",
+    )
     here("--dtype", default="auto", help="auto, float32, float16 or bfloat16 (default: auto)")
     there = parser.add_argument_group("by a server").add_argument
     there(

@@ -1,0 +1,179 @@
+"""A network on ONNX Runtime, from a file that ``mambamic onnx`` wrote: no torch is needed."""
+
+from __future__ import annotations
+
+import os
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mambamic.checkpoint import WEIGHTS_FILE, Checkpoint
+from mambamic.config import Config
+from mambamic.errors import BackendError, CheckpointError, UsageError
+from mambamic.preprocess import Pixels
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+ONNX_FILE = "model.onnx"  # in a folder, and in an archive
+CONFIG_KEY = "mambamic.config"  # of the metadata: the checkpoint's config.json
+INPUT_KEY = "mambamic.input"
+UINT8_INPUT, FLOAT_INPUT = "uint8 NHWC", "float32 NCHW"
+_MAX_BATCH = 32
+_AGAIN = "write the file anew by: mambamic onnx CHECKPOINT model.onnx"
+
+
+@dataclass(frozen=True)
+class Device:
+    """Where ONNX Runtime computes: the part of torch.device that others look at."""
+
+    type: str = "cpu"
+
+    def __str__(self) -> str:
+        return self.type
+
+
+@dataclass(frozen=True)
+class OnnxModel:
+    """An opened file.
+
+    Args:
+        checkpoint: What the file says about itself, in the folder where it lies.
+        session: Ready to run.
+    """
+
+    checkpoint: Checkpoint
+    session: onnxruntime.InferenceSession
+
+
+def find_onnx(place: Path, *, asked: bool) -> Path | None:
+    """Return the ONNX file that a path stands for, None where it is a checkpoint with weights.
+
+    Args:
+        place: A file, or a folder.
+        asked: Whether ONNX Runtime was asked for by name.
+
+    Raises:
+        CheckpointError: It was asked for, and there is no file for it.
+    """
+    if place.suffix == ".onnx" and not place.is_dir():
+        return place
+    file = place / ONNX_FILE
+    if file.is_file() and (asked or not (place / WEIGHTS_FILE).exists()):
+        return file
+    if asked:
+        raise CheckpointError(
+            f"{place} has no {ONNX_FILE}",
+            "a file for ONNX Runtime",
+            f"write one by: mambamic onnx {place} model.onnx, and give that",
+        )
+    return None
+
+
+def open_onnx(path: str | os.PathLike[str]) -> OnnxModel:
+    """Open a file.
+
+    Raises:
+        CheckpointError: It is missing or damaged, or ``mambamic onnx`` did not write it.
+    """
+    import onnxruntime
+    from onnxruntime.capi import onnxruntime_pybind11_state as state
+
+    file = Path(path)
+    options = onnxruntime.SessionOptions()
+    # Threads that wait in a loop take the cores from those that work where both are few.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    try:
+        session = onnxruntime.InferenceSession(
+            file.read_bytes(), options, providers=["CPUExecutionProvider"]
+        )
+    except OSError as error:
+        raise CheckpointError(
+            f"{file} cannot be read ({error.strerror})", "an ONNX file", "check the path"
+        ) from error
+    except (state.Fail, state.InvalidGraph, state.InvalidProtobuf, state.NotImplemented) as error:
+        raise CheckpointError(
+            f"{file} cannot be loaded ({str(error).splitlines()[0][:200]})",
+            "an ONNX file that is whole",
+            _AGAIN,
+        ) from error
+    stated = session.get_modelmeta().custom_metadata_map
+    if CONFIG_KEY not in stated or stated.get(INPUT_KEY) != UINT8_INPUT:
+        raise CheckpointError(
+            f"{file} has the metadata {sorted(stated)} and the input {stated.get(INPUT_KEY)!r}",
+            f"{CONFIG_KEY} and the input {UINT8_INPUT!r}",
+            _AGAIN,
+        )
+    return OnnxModel(Checkpoint(file.parent, Config.from_json(stated[CONFIG_KEY])), session)
+
+
+class OnnxEngine:
+    """An ONNX file's network on the CPU, as ``TorchEngine`` is one with torch.
+
+    Args:
+        model: Opened.
+        device: ``auto`` or ``cpu``.
+        dtype: ``auto`` or ``float32``.
+        max_batch: Larger batches are split; None for 32.
+
+    Raises:
+        BackendError: Another device.
+        UsageError: Another dtype.
+    """
+
+    backend, dtype, fused = "onnxruntime", "float32", True
+    warm_up_batches = (1,)
+
+    def __init__(self, model: OnnxModel, device: str, dtype: str, max_batch: int | None) -> None:
+        if device not in ("auto", "cpu"):
+            raise BackendError(
+                f"device {device!r} with ONNX Runtime",
+                "cpu",
+                "leave the device out, or give the checkpoint that the file was made from",
+            )
+        if dtype not in ("auto", self.dtype):
+            raise UsageError(
+                f"dtype {dtype!r} with ONNX Runtime", "auto or float32", "choose one of these"
+            )
+        self.device = Device()
+        self.max_batch = _MAX_BATCH if max_batch is None else max_batch
+        self.session = model.session
+
+    def outputs(self, pixels: Pixels) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Return probabilities (B, classes) and embeddings (B, C) of images of the model's size."""
+        names = ["probabilities", "features"]
+        widths = {output.name: output.shape[1] for output in self.session.get_outputs()}
+        probabilities, features = (
+            np.empty((len(pixels), widths[name]), np.float32) for name in names
+        )
+        for start in range(0, len(pixels), self.max_batch):
+            part = slice(start, start + self.max_batch)
+            batch = np.ascontiguousarray(pixels[part])
+            probabilities[part], features[part] = self.session.run(names, {"pixels": batch})
+        return probabilities, features
+
+    def plain_module(self) -> NoReturn:
+        """Refuse: gradients need the network under torch."""
+        raise BackendError(
+            "an explanation by ONNX Runtime",
+            "a checkpoint with weights, under torch",
+            "explain with the checkpoint that the file was made from",
+        )
+
+    def describe(self) -> dict[str, Any]:
+        """Return what is in use, as an object that JSON can hold."""
+        import onnxruntime
+
+        return {
+            "device": str(self.device),
+            "device_name": platform.processor() or platform.machine(),
+            "dtype": self.dtype,
+            "backend": self.backend,
+            "backend_detail": f"ONNX Runtime, {self.session.get_providers()[0]}",
+            "graph": "fused",
+            "versions": {"onnxruntime": onnxruntime.__version__},
+        }
