@@ -56,6 +56,7 @@ _EXTRAS = {
     "filelock": "slides",
     "openslide": "slides",
     "pyarrow": "slides",
+    "ray": "ray",
     "tiffslide": "slides",
 }
 

@@ -7,8 +7,12 @@ import math
 import shlex
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mambamic.cli.arguments import positive
+
+if TYPE_CHECKING:
+    from mambamic.slides.remote import Server
 
 DESCRIPTION = """\
 Score every tile of slides, or of folders and ZIP archives of tiles: per slide a table (Parquet),
@@ -52,10 +56,22 @@ def configure(parser: argparse.ArgumentParser) -> None:
     run.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     run.add_argument("--devices", type=positive, default=1, metavar="N",
         help="GPUs, a process for each (default: %(default)s)")  # fmt: skip
+    run.add_argument("--ray", metavar="ADDRESS", help="on a Ray cluster: HOST:PORT, or auto")
     run.add_argument("--dtype", default="auto", help="default: %(default)s")
     run.add_argument("--max-bad-tiles", type=_share, default=0.05, metavar="SHARE",
         help="a slide with more fails (default: 5%%)")  # fmt: skip
     run.add_argument("--dry-run", action="store_true", help="print the plan and score nothing")
+    there = parser.add_argument_group("by a server that has the same checkpoint")
+    there.add_argument("--server", metavar="URL", help="http://HOST:PORT or https://HOST:PORT")
+    there.add_argument("--server-model", default="mambamic", metavar="NAME",
+        help="the model's name there (default: %(default)s)")  # fmt: skip
+    there.add_argument("--token-file", type=Path, metavar="FILE", help="the token, on its own line")
+    there.add_argument("--ca", type=Path, metavar="PEM", help="trust these certificates")
+    there.add_argument("--connections", type=positive, default=4, metavar="N",
+        help="requests at a time (default: %(default)s)")  # fmt: skip
+    zoo = parser.add_argument_group("with a model of the WSInfer zoo")
+    zoo.add_argument("--head", choices=("softmax", "sigmoid"), help="what its outputs are")
+    zoo.add_argument("--trust", action="store_true", help="run the code that TorchScript carries")
     add("--embeddings", action="store_true", help="keep what the network's head sees, per tile")
     add("--csv", action="store_true", help="write the tables as CSV too")
     add("--no-geojson", action="store_true", help="leave out the objects for QuPath")
@@ -90,6 +106,10 @@ def run(args: argparse.Namespace) -> int:
         csv=args.csv,
         geojson=not args.no_geojson,
         command=shlex.join(["mambamic", *sys.argv[1:]]),
+        head=args.head,
+        trust=args.trust,
+        server=_server(args),
+        ray=args.ray,
     )
     outcome = score_slides(call)
     for line in outcome.lines:
@@ -97,6 +117,16 @@ def run(args: argparse.Namespace) -> int:
     for line in outcome.complaints:
         print(line, file=sys.stderr)
     return outcome.status
+
+
+def _server(args: argparse.Namespace) -> Server | None:
+    if args.server is None:
+        return None
+    from mambamic.cli.predict_command import read_token
+    from mambamic.slides.remote import Server
+
+    token = read_token(args.token_file)
+    return Server(args.server, args.server_model, token, args.ca, args.connections)
 
 
 def _above_zero(text: str) -> float:

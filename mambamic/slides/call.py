@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
@@ -15,10 +15,13 @@ from mambamic.slides.dry import plan_lines
 from mambamic.slides.finish import Finish
 from mambamic.slides.inputs import find_inputs
 from mambamic.slides.inspection import inspect_all
-from mambamic.slides.pool import ReaderPool
+from mambamic.slides.models import ModelChoice
 from mambamic.slides.run import INDEX, Run, Task, versions
-from mambamic.slides.scorers import CheckpointScorer, Scorer, checkpoint_facts
 from mambamic.slides.settings import ModelFacts, Settings, settings_for
+from mambamic.slides.worker import device_names, score_here, score_on_devices
+
+if TYPE_CHECKING:
+    from mambamic.slides.remote import Server
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,10 @@ class Call:
     csv: bool = False
     geojson: bool = True
     command: str = "mambamic score"
+    head: str | None = None
+    trust: bool = False
+    server: Server | None = None
+    ray: str | None = None
 
 
 @dataclass(frozen=True)
@@ -72,7 +79,12 @@ def score_slides(call: Call) -> Outcome:
         UsageError: The call is wrong, or slides lack their resolution; nothing was scored.
         MambamicError: The model failed; what was scored is kept.
     """
-    facts = _facts(call)
+    if call.model is None:
+        raise UsageError("no model", "--model CHECKPOINT", "name a checkpoint's folder")
+    choice = ModelChoice(
+        call.model, call.device, call.dtype, call.embeddings, call.head, call.trust
+    )
+    facts = choice.facts()
     settings = _settings(call, facts)
     slides = inspect_all(find_inputs(call.inputs, call.manifest, tiles=call.tiles), facts, settings)
     if call.dry_run:
@@ -88,25 +100,33 @@ def score_slides(call: Call) -> Outcome:
             bar.update(done)
 
         run = Run(Task(call.out, settings, finish, call.command, progress), slides, facts)
-        scorer = _scorer(call, facts)
         try:
-            with ReaderPool(_workers(call), scorer.batch, _input_size(facts)) as pool:
-                run.score(pool, scorer)
+            _score(call, choice, run)
         finally:
-            scorer.close()
             entries = run.write_record()
     return _outcome(entries, call.out)
 
 
-def _facts(call: Call) -> ModelFacts:
-    if call.model is None:
-        raise UsageError("no model", "--model CHECKPOINT", "name a checkpoint's folder")
-    return checkpoint_facts(call.model)
+def _score(call: Call, choice: ModelChoice, run: Run) -> None:
+    """Score where the call says: on a server, a cluster, several devices, or here."""
+    if call.server is not None:
+        from mambamic.slides.remote import ServerScorer
 
+        scorer = ServerScorer(call.server, choice.folder, run.model, embeddings=call.embeddings)
+        score_here(run, scorer, _workers(call))
+    elif call.ray is not None:
+        from mambamic.slides import on_ray
 
-def _scorer(call: Call, facts: ModelFacts) -> Scorer:
-    assert call.model is not None
-    return CheckpointScorer(call.model, call.device, call.dtype, embeddings=call.embeddings)
+        models = on_ray.connect(call.ray)
+        run.score(
+            lambda parts: on_ray.run_parts_on_ray(parts, choice, run.model, models, run.seconds),
+            {"ray": call.ray, "models": models},
+        )
+    elif call.devices > 1:
+        names = device_names(call.device, call.devices)
+        score_on_devices(run, [replace(choice, device=n) for n in names], _workers(call))
+    else:
+        score_here(run, choice.load(), _workers(call))
 
 
 def _settings(call: Call, facts: ModelFacts) -> Settings:
@@ -133,10 +153,6 @@ def _settings(call: Call, facts: ModelFacts) -> Settings:
 def _workers(call: Call) -> int:
     # One core is the model's on a GPU; on a CPU readers and model share what there is.
     return call.workers or max(1, len(os.sched_getaffinity(0)) - 1)
-
-
-def _input_size(facts: ModelFacts) -> int:
-    return 1 if facts.preprocess is None else facts.preprocess.input_size
 
 
 def _make_folder(out: Path) -> None:

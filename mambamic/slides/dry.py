@@ -9,7 +9,6 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from mambamic.errors import MambamicError
-from mambamic.preprocess import Preprocess
 from mambamic.slides.inspection import Inspection, Refusal
 from mambamic.slides.plan import Plan, make_plan
 from mambamic.slides.read import Place, Source, TileReader
@@ -91,13 +90,12 @@ def _seconds_per_tile(seen: Inspection, plan: Plan, model: ModelFacts) -> float 
         tiles_are_files=layout is None,
         level=0 if layout is None else layout.level,
         read_size=0 if layout is None else layout.read_size,
-        preprocess=model.preprocess or Preprocess(),
+        preprocess=model.preprocess,
     )
     # Runs of tiles that lie side by side, as they will be read.
     starts = np.linspace(0, max(0, len(plan) - 8), _SAMPLE // 8).astype(int)
     chosen = sorted({n for start in starts for n in range(start, min(start + 8, len(plan)))})
     places = [Place(at, int(plan.x[n]), int(plan.y[n])) for at, n in enumerate(chosen)]
-    assert source.preprocess is not None
     size = source.preprocess.input_size
     pixels = np.empty((len(places), size, size, 3), np.uint8)
     reader = TileReader()

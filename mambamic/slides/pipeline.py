@@ -207,7 +207,7 @@ class _Line:
     def _scores(self, batch: Batch, good: list[int]) -> Scored | None:
         if not good:
             return None
-        if batch.source.preprocess is None:
+        if batch.source.encode:
             return self._scorer.score([batch.report.files[n] for n in good])
         pixels = self._pool.pixels(batch)
         return self._scorer.score(pixels if len(good) == len(pixels) else pixels[good])

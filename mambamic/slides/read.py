@@ -30,14 +30,16 @@ class Source:
         tiles_are_files: Whether it is a set of tiles.
         level: The pyramid level that is read.
         read_size: Side of a tile in pixels of that level.
-        preprocess: What brings a tile to the model's input; None for PNG files, for a server.
+        preprocess: What brings a tile to the model's input.
+        encode: Give PNG files of that, for a server, instead of pixels.
     """
 
     path: Path
     tiles_are_files: bool
     level: int
     read_size: int
-    preprocess: Preprocess | None
+    preprocess: Preprocess
+    encode: bool = False
 
 
 class Place(NamedTuple):
@@ -97,10 +99,11 @@ class TileReader:
                 report.read_s += time.perf_counter() - began
                 continue
             read = time.perf_counter()
-            if source.preprocess is not None and pixels is not None:
-                pixels[place.at] = source.preprocess.pixels(tile)
+            seen = source.preprocess.pixels(tile)
+            if pixels is None:
+                report.files[place.at] = _png(seen)
             else:
-                report.files[place.at] = _png(tile)
+                pixels[place.at] = seen
             report.read_s += read - began
             report.preprocess_s += time.perf_counter() - read
         return report
@@ -146,10 +149,10 @@ class TileReader:
             self._drop(path)
 
 
-def _png(tile: Image.Image) -> bytes:
+def _png(pixels: Pixels) -> bytes:
     buffer = io.BytesIO()
     # The level costs time and does not change the pixels.
-    tile.save(buffer, "PNG", compress_level=1)
+    Image.fromarray(pixels).save(buffer, "PNG", compress_level=1)
     return buffer.getvalue()
 
 

@@ -33,7 +33,7 @@ def serve(connection: Connection, memory: int, size: int) -> None:
         while True:
             source, places, offset, count = connection.recv()
             pixels = None
-            if source.preprocess is not None:
+            if not source.encode:
                 pixels = as_pixels(shared[offset:], count, source.preprocess.input_size)
             connection.send(reader.read(source, places, pixels))
 

@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, fields
 from datetime import datetime, timezone
 from importlib.metadata import distributions
 from pathlib import Path
@@ -25,16 +25,15 @@ from mambamic.slides.claims import claim
 from mambamic.slides.files import read_json, write_json
 from mambamic.slides.finish import Finish
 from mambamic.slides.inspection import Inspection, Refusal
-from mambamic.slides.pipeline import Part, PartScores, Seconds, run_parts
+from mambamic.slides.pipeline import Part, PartScores, Seconds
 from mambamic.slides.plan import Plan, make_plan, read_plan, write_plan
-from mambamic.slides.pool import ReaderPool
 from mambamic.slides.read import Source
 from mambamic.slides.report import write_index
-from mambamic.slides.scorers import Scorer
 from mambamic.slides.settings import ModelFacts, Settings
 from mambamic.slides.summary import SUMMARY
 from mambamic.slides.table import Geometry, part_path, write_part, written
 
+Stages = Callable[[Iterator[Part]], Iterator[PartScores]]
 RUN, INDEX = "run.json", "report.html"
 _WAIT_S = 1.0  # for parts that another process has
 
@@ -71,7 +70,7 @@ class SlideWork:
         mpp = None if seen.resolution.mpp is None else seen.resolution.mpp * factor
         return Geometry(seen.given.name, seen.layout.size, seen.layout.level, mpp)
 
-    def source(self, model: ModelFacts) -> Source:
+    def source(self, model: ModelFacts, encode: bool) -> Source:
         """Return where its tiles come from."""
         layout = self.seen.layout
         return Source(
@@ -80,6 +79,7 @@ class SlideWork:
             level=0 if layout is None else layout.level,
             read_size=0 if layout is None else layout.read_size,
             preprocess=model.preprocess,
+            encode=encode,
         )
 
 
@@ -99,7 +99,24 @@ class Task:
     settings: Settings
     finish: Finish
     command: str
-    progress: Callable[[int, int], None] = field(default=lambda done, planned: None)
+    progress: Callable[[int, int], None] | None = None
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one process of a run has done, for the one that started it.
+
+    Args:
+        tiles: That it scored.
+        seconds: Where its time went.
+        in_use: What it used.
+        failures: Why it gave slides up, by their folder.
+    """
+
+    tiles: int
+    seconds: Seconds
+    in_use: dict[str, Any]
+    failures: dict[str, MambamicError]
 
 
 class Run:
@@ -108,9 +125,9 @@ class Run:
     def __init__(
         self, task: Task, slides: Sequence[Inspection | Refusal], model: ModelFacts
     ) -> None:
-        self._task = task
-        self._model = model
-        self._slides = slides
+        self.task = task
+        self.model = model
+        self.slides = slides
         self.work = [
             SlideWork(seen, task.out / seen.folder)
             for seen in slides
@@ -122,17 +139,23 @@ class Run:
         self._started = _now()
         self._began = time.perf_counter()
         self._describe: dict[str, Any] = {}
+        self._encoded = False
         self._finishing: list[tuple[SlideWork, Future[None]]] = []
 
-    def score(self, pool: ReaderPool, scorer: Scorer) -> None:
+    def score(self, stages: Stages, describe: dict[str, Any], *, encoded: bool = False) -> None:
         """Score what is missing of every slide, and finish those that are complete.
+
+        Args:
+            stages: From parts to their scores.
+            describe: What is in use, for the record.
+            encoded: Whether the model takes PNG files.
 
         Raises:
             MambamicError: The model or the server failed; what was written stays.
         """
-        self._describe = scorer.describe()
+        self._describe, self._encoded = describe, encoded
         with ThreadPoolExecutor(2, "finish") as self._finishers:
-            for result in run_parts(self._parts(), pool, scorer, self.seconds):
+            for result in stages(self._parts()):
                 self._take(result)
             for work in self.work:
                 self._finish_if_complete(work)
@@ -165,8 +188,8 @@ class Run:
                 with lock:
                     plan = read_plan(work.folder, work.seen.key)
                     if plan is None:
-                        planned = make_plan(work.seen, self._task.settings)
-                        write_plan(work.folder, work.seen, planned, self._model)
+                        planned = make_plan(work.seen, self.task.settings)
+                        write_plan(work.folder, work.seen, planned, self.model)
                         plan = planned.plan
             work.plan = plan
             self._planned += len(plan)
@@ -188,7 +211,7 @@ class Run:
                     lock.release()
                 else:
                     work.under_way += 1
-                    yield Part(work.source(self._model), plan, number, (work, lock))
+                    yield Part(work.source(self.model, self._encoded), plan, number, (work, lock))
                 if work.failure is not None:
                     break
             # Another process has these: they are done when it is, or free again if it dies.
@@ -205,29 +228,53 @@ class Run:
         assert isinstance(lock, BaseFileLock)
         assert work.plan is not None
         work.bad += result.bad
-        too_many = work.bad > self._task.finish.max_bad * len(work.plan)
+        too_many = work.bad > self.task.finish.max_bad * len(work.plan)
         if too_many and result.bad == len(result.status):
             # Nothing can be read any more: the disk or the network is gone, or the file is.
             # Written down this would stay; so it is left for another run to try.
             reason = next(iter(result.messages.values()))
             work.failure = SlideError(
                 f"no tile of a part of {len(result.status)} can be read ({reason})",
-                f"at most {self._task.finish.max_bad:.1%} such tiles",
+                f"at most {self.task.finish.max_bad:.1%} such tiles",
                 "check the file and where it lies, then run again: what is done is kept",
             )
         else:
             began = time.perf_counter()
-            write_part(work.folder, result, work.geometry, self._model.classes, self._describe)
+            write_part(work.folder, result, work.geometry, self.model.classes, self._describe)
             self.seconds.write += time.perf_counter() - began
             self.tiles += len(result.status)
         lock.release()
         work.under_way -= 1
-        self._progress(len(result.status))
+        self.count(len(result.status), self._planned)
         if work.given_out and not work.under_way:
             self._finish_if_complete(work)
 
-    def _progress(self, tiles: int) -> None:
-        self._task.progress(tiles, self._planned)
+    def count(self, tiles: int, planned: int) -> None:
+        """Tell whoever watches that more tiles were scored, and how many were found so far."""
+        if self.task.progress is not None:
+            self.task.progress(tiles, planned)
+
+    def share(self) -> Share:
+        """Return what this process has done."""
+        failures = {w.seen.folder: w.failure for w in self.work if w.failure is not None}
+        return Share(self.tiles, self.seconds, self._describe, failures)
+
+    def take_over(self, share: Share) -> None:
+        """Count what another process has done for this run."""
+        self.tiles += share.tiles
+        for name in (entry.name for entry in fields(Seconds)):
+            spent = getattr(self.seconds, name) + getattr(share.seconds, name)
+            setattr(self.seconds, name, spent)
+        self._describe = share.in_use
+        for work in self.work:
+            work.failure = work.failure or share.failures.get(work.seen.folder)
+
+    def is_complete(self) -> bool:
+        """Tell whether every slide has come to an end, good or bad."""
+        return all(
+            work.failure is not None or self.task.finish.is_done(read_json(work.folder / SUMMARY))
+            for work in self.work
+        )
 
     def _finish_if_complete(self, work: SlideWork) -> None:
         if work.plan is None or work.failure or any(work is known for known, _ in self._finishing):
@@ -239,12 +286,12 @@ class Run:
         lock = claim(work.folder, "finish", wait=True)
         assert lock is not None
         with lock:
-            if self._task.finish.is_done(read_json(work.folder / SUMMARY)):
+            if self.task.finish.is_done(read_json(work.folder / SUMMARY)):
                 return
             began = time.perf_counter()
             done = subprocess.run(
                 [sys.executable, "-m", "mambamic.slides.finish", str(work.folder)],
-                input=json.dumps(asdict(self._task.finish)),
+                input=json.dumps(asdict(self.task.finish)),
                 capture_output=True,
                 text=True,
                 check=False,
@@ -263,7 +310,7 @@ class Run:
         """Return what became of every slide, in the order in which they were named."""
         entries: list[dict[str, Any]] = []
         works = {work.seen.folder: work for work in self.work}
-        for seen in self._slides:
+        for seen in self.slides:
             if isinstance(seen, Refusal):
                 entries.append(_failed(seen.given.name, str(seen.given.path), seen.error, None))
                 continue
@@ -280,13 +327,13 @@ class Run:
         """Write ``run.json`` and the page over all slides; return what became of each."""
         entries = self.entries()
         record = {
-            "command": self._task.command,
+            "command": self.task.command,
             "started": self._started,
             "ended": _now(),
             "host": socket.gethostname(),
             "versions": versions(),
-            "model": {**asdict(self._model), "in_use": self._describe},
-            "settings": asdict(self._task.settings),
+            "model": {**asdict(self.model), "in_use": self._describe},
+            "settings": asdict(self.task.settings),
             "tiles_scored_by_this_run": self.tiles,
             "seconds": {"elapsed": time.perf_counter() - self._began, **asdict(self.seconds)},
             "failed": [
@@ -297,8 +344,8 @@ class Run:
             "slides": [_short(entry) for entry in entries],
         }
         record = json.loads(json.dumps(record, default=str))
-        write_json(self._task.out / RUN, record)
-        write_index(self._task.out / INDEX, entries, record)
+        write_json(self.task.out / RUN, record)
+        write_index(self.task.out / INDEX, entries, record)
         return entries
 
 

@@ -40,14 +40,16 @@ class Scorer(Protocol):
         facts: What a run has to know of it.
         batch: Tiles that it takes at a time.
         threads: Batches that it is to be given at a time.
+        encoded: Whether it takes PNG files.
     """
 
     facts: ModelFacts
     batch: int
     threads: int
+    encoded: bool
 
     def score(self, tiles: Pixels | Sequence[bytes]) -> Scored:
-        """Score tiles: (B, S, S, 3) uint8, or PNG files where it has no ``preprocess``."""
+        """Score tiles: (B, S, S, 3) uint8, or PNG files where it asks for these."""
 
     def describe(self) -> dict[str, Any]:
         """Return what is in use, as JSON."""
@@ -85,6 +87,7 @@ class CheckpointScorer:
     """A checkpoint on this machine."""
 
     threads = 1
+    encoded = False
 
     def __init__(self, folder: Path, device: str, dtype: str, *, embeddings: bool) -> None:
         from mambamic.classifier import Classifier

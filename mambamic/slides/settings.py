@@ -17,14 +17,14 @@ class ModelFacts:
     """What a run has to know of a model before it opens a slide.
 
     Args:
-        kind: ``checkpoint``, ``server`` or ``wsinfer``.
+        kind: ``checkpoint`` or ``wsinfer``.
         name: For people.
         identity: The same only for models that give the same scores.
         classes: In the order of the scores.
         head: ``softmax`` or ``sigmoid``.
         tile: Side of the tiles that it was trained on, in pixels.
         mpp: Microns per pixel that these had, None where unknown.
-        preprocess: From a tile to the model's input; None where a server does that.
+        preprocess: From a tile to the model's input.
     """
 
     kind: str
@@ -34,7 +34,7 @@ class ModelFacts:
     head: str
     tile: int
     mpp: float | None
-    preprocess: Preprocess | None
+    preprocess: Preprocess
 
 
 @dataclass(frozen=True)

@@ -112,7 +112,7 @@ def _try(reader: Callable[[Path], Slide], path: Path) -> Slide | str:
         said = error.problem
     # Each library, and each parser below it, raises kinds of its own on damaged files.
     except Exception as error:
-        said = str(error) or type(error).__name__
+        said = f"{type(error).__name__}: {error}"
     return f"{reader.__name__.strip('_')}: {said.splitlines()[0]}"
 
 
