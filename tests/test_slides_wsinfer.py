@@ -7,11 +7,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from mambamic.errors import CheckpointError, UsageError
 from mambamic.slides.models import ModelChoice
+from mambamic.slides.source import open_slide
 from mambamic.slides.wsinfer import WsinferScorer, is_wsinfer, wsinfer_facts
+
+from .slide_files import blobs, write_slide
+from .test_slides_score import only, score, table
 
 MEAN, STD = [0.7, 0.6, 0.7], [0.2, 0.25, 0.2]
 
@@ -125,3 +130,28 @@ def test_embeddings_and_heads_are_refused_where_there_are_none(
         ModelChoice(write_model(tmp_path / "m"), embeddings=True, head="sigmoid").facts()
     with pytest.raises(UsageError, match="states its own"):
         ModelChoice(random_checkpoint, head="sigmoid").facts()
+
+
+def test_a_slide_is_scored_with_it_from_end_to_end(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "m")
+    slide = write_slide(tmp_path / "s.tiff", (1024, 1024), 2, blobs([(500, 500, 300)]), mpp=0.25)
+    common = (slide, "--model", folder, "--out", tmp_path / "out", "--tissue", "none")
+    unstated = score(*common)
+    assert unstated.returncode == 2
+    assert "--head" in unstated.stderr
+    distrusted = score(*common, "--head", "softmax")
+    assert distrusted.returncode == 2
+    assert "--trust" in distrusted.stderr
+    done = score(*common, "--head", "softmax", "--trust")
+    assert done.returncode == 0, done.stderr
+    rows = table(only(tmp_path / "out"))
+    assert rows.num_rows == 25, "tiles of 100 pixels at 0.5 are 200 pixels at 0.25"
+    assert rows["level"].to_pylist() == [1] * 25
+    opened = open_slide(slide)
+    row = rows.to_pylist()[7]
+    tile = opened.read(row["x"], row["y"], 1, (100, 100)).resize(
+        (32, 32), Image.Resampling.BILINEAR
+    )
+    opened.close()
+    expected = torch.from_numpy(_by_hand(np.asarray(tile)[None], 2)).softmax(1)[0]
+    assert row["probability_class 1"] == pytest.approx(float(expected[1]), abs=1e-5)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from mambamic.errors import UsageError
+from mambamic.errors import DataError, UsageError
 from mambamic.slides.dry import plan_lines
 from mambamic.slides.finish import Finish
 from mambamic.slides.inputs import find_inputs
@@ -85,8 +85,9 @@ def score_slides(call: Call) -> Outcome:
         call.model, call.device, call.dtype, call.embeddings, call.head, call.trust
     )
     facts = choice.facts()
-    settings = _settings(call, facts)
-    slides = inspect_all(find_inputs(call.inputs, call.manifest, tiles=call.tiles), facts, settings)
+    inputs = find_inputs(call.inputs, call.manifest, tiles=call.tiles)
+    settings = _settings(call, facts, only_tiles=all(given.tiles for given in inputs))
+    slides = inspect_all(inputs, facts, settings)
     if call.dry_run:
         lines, all_well = plan_lines(slides, settings, facts)
         return Outcome(lines, [], 0 if all_well else 1)
@@ -101,9 +102,16 @@ def score_slides(call: Call) -> Outcome:
 
         run = Run(Task(call.out, settings, finish, call.command, progress), slides, facts)
         try:
-            _score(call, choice, run)
-        finally:
-            entries = run.write_record()
+            try:
+                _score(call, choice, run)
+            finally:
+                entries = run.write_record()
+        except OSError as error:
+            raise DataError(
+                f"{error.filename or call.out} ({error.strerror})",
+                "an output folder that can be written to, with room",
+                "see to it and run again: what is done is kept",
+            ) from error
     return _outcome(entries, call.out)
 
 
@@ -129,7 +137,7 @@ def _score(call: Call, choice: ModelChoice, run: Run) -> None:
         score_here(run, choice.load(), _workers(call))
 
 
-def _settings(call: Call, facts: ModelFacts) -> Settings:
+def _settings(call: Call, facts: ModelFacts, *, only_tiles: bool) -> Settings:
     if call.tissue_file is not None and not call.tissue_file.exists():
         raise UsageError(
             f"--tissue {str(call.tissue_file)!r}",
@@ -140,7 +148,8 @@ def _settings(call: Call, facts: ModelFacts) -> Settings:
         facts,
         tile=call.tile,
         stride=call.stride,
-        own_pixels=call.own_pixels or call.tiles,
+        # Of what is cut already nobody asks at which resolution.
+        own_pixels=call.own_pixels or (only_tiles and call.target_mpp is None),
         target_mpp=call.target_mpp,
         mpp=call.mpp,
         tissue=call.tissue,

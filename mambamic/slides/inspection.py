@@ -119,7 +119,9 @@ def inspect(given: SlideInput, model: ModelFacts, settings: Settings) -> Inspect
         tiles = TileSet(given.path)
         content = tiles.fingerprint()
         tiles.close()
-        resolution = Resolution(given.mpp or settings.mpp, "unknown")
+        resolution = find_resolution(
+            manifest=given.mpp, flag=settings.mpp, metadata=None, objective=None, needed=False
+        )
         key = _key(content, model, settings, resolution, None)
         return Inspection(given, key, None, resolution, None, None)
     slide = open_slide(given.path)
