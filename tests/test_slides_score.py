@@ -189,6 +189,66 @@ def test_two_processes_share_a_folder(
     assert table(only(tmp_path)).equals(table(reference))
 
 
+def test_what_a_killed_process_had_claimed_another_does(
+    reference: Path, slide: Path, random_checkpoint: Path, tmp_path: Path
+) -> None:
+    command = [sys.executable, "-m", "mambamic", "score", str(slide), "--out", str(tmp_path)]
+    command += ["--model", str(random_checkpoint), *LAYOUT]
+    first, second = (
+        subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL) for _ in range(2)
+    )
+    while not list(tmp_path.glob("*/tiles.parquet/part-*")):
+        assert first.poll() is None
+        time.sleep(0.05)
+    first.kill()
+    first.wait()
+    assert second.wait(timeout=300) == 0
+    assert table(only(tmp_path)).equals(table(reference))
+
+
+def test_devices_that_are_not_here_are_a_failure(
+    slide: Path, random_checkpoint: Path, tmp_path: Path
+) -> None:
+    done = score(
+        slide, "--model", random_checkpoint, "--out", tmp_path, *LAYOUT,
+        "--device", "cuda:7", "--devices", 9,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "is not here" in done.stderr
+
+
+def test_where_nothing_can_be_read_nothing_is_written_down(
+    data_dir: Path, random_checkpoint: Path, tmp_path: Path
+) -> None:
+    """A part without any tile is left to another run: the disk may be back by then."""
+    where = tmp_path / "damage.geojson"
+    ring = [[1150, 1150], [1500, 1150], [1500, 1500], [1150, 1500], [1150, 1150]]
+    where.write_text(json.dumps({"type": "Polygon", "coordinates": [ring]}))
+    done = score(
+        data_dir / "slides" / "CMU-1-Small-Region.corrupt.svs",
+        *("--model", random_checkpoint, "--out", tmp_path / "out", "--tile-px", "--tile", 100),
+        *("--tissue", where, "--min-tissue", 1),
+    )
+    assert done.returncode == 1
+    assert "no tile of a part of" in done.stderr
+    assert not list(tmp_path.glob("out/*/tiles.parquet/part-*"))
+
+
+def test_a_full_disk_is_said_in_one_line_and_what_was_done_is_kept(
+    slide: Path, random_checkpoint: Path, tmp_path: Path
+) -> None:
+    """Files of at most 100 kB: the overview does not fit."""
+    command = [sys.executable, "-m", "mambamic", "score", str(slide), "--out", str(tmp_path / "o")]
+    command += ["--model", str(random_checkpoint), *LAYOUT]
+    limited = ["prlimit", "--fsize=100000", *command]
+    done = subprocess.run(limited, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.strip().splitlines()[-1].startswith("mambamic score: ")
+    assert "run again" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list((tmp_path / "o").rglob(".tmp-*"))
+
+
 def test_a_process_per_device_gives_the_same_table(
     reference: Path, slide: Path, random_checkpoint: Path, tmp_path: Path
 ) -> None:

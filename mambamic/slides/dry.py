@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+from tqdm import tqdm
 
 from mambamic.errors import MambamicError
 from mambamic.slides.inspection import Inspection, Refusal
@@ -33,7 +34,9 @@ def plan_lines(
 ) -> tuple[list[str], bool]:
     """Return a line per slide and what is to be said of it, and whether all can be scored."""
     with ThreadPoolExecutor(2, "plan") as threads:
-        rows = list(threads.map(lambda seen: _row(seen, settings, model), slides))
+        planned = threads.map(lambda seen: _row(seen, settings, model), slides)
+        # None: no bar where standard error is not a terminal.
+        rows = list(tqdm(planned, total=len(slides), unit="slide", delay=2, disable=None))
     table = [_HEAD, *(row for row, _, _ in rows)]
     widths = [max(len(row[n]) for row in table) for n in range(len(_HEAD))]
     lines = [

@@ -11,6 +11,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from mambamic.errors import MambamicError, SlideError, UsageError
 from mambamic.slides.fingerprint import file_digest, slide_fingerprint
 from mambamic.slides.grid import Layout, lay_out
@@ -95,7 +97,9 @@ def inspect_all(
             return Refusal(given, error)
 
     with ThreadPoolExecutor(_THREADS, "inspect") as threads:
-        outcomes = list(threads.map(look, inputs))
+        looked = threads.map(look, inputs)
+        # None: no bar where standard error is not a terminal.
+        outcomes = list(tqdm(looked, total=len(inputs), unit="slide", delay=2, disable=None))
     unknown = [
         f"{given.name}: {outcome.problem}"
         for given, outcome in zip(inputs, outcomes, strict=True)

@@ -17,7 +17,7 @@ from dataclasses import replace
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 
-from mambamic.errors import MambamicError, ServerError
+from mambamic.errors import DataError, MambamicError, ServerError
 from mambamic.slides.inspection import Inspection, Refusal
 from mambamic.slides.models import ModelChoice
 from mambamic.slides.pipeline import run_parts
@@ -143,6 +143,16 @@ def serve(connection: Connection) -> None:
             score_here(run, choice.load(), readers)
         except MambamicError as error:
             connection.send(error)
+        except ConnectionError:
+            return
+        except OSError as error:
+            connection.send(
+                DataError(
+                    f"{error.filename or task.out} ({error.strerror})",
+                    "an output folder that can be written to, with room",
+                    "see to it and run again: what is done is kept",
+                )
+            )
         else:
             connection.send(run.share())
 
