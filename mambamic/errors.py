@@ -96,6 +96,12 @@ class DataError(MambamicError):
     code = "bad_data"
 
 
+class SlideError(MambamicError):
+    """A slide, or a region of it, cannot be read."""
+
+    code = "bad_slide"
+
+
 class ServerError(MambamicError):
     """The server could not be started, reached, or stopped."""
 

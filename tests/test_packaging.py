@@ -121,13 +121,12 @@ def test_links_in_the_readme_lead_somewhere(root: Path) -> None:
 
 
 def test_every_dependency_is_pinned(root: Path, metadata: Message) -> None:
-    """What is asked for directly is in constraints.txt, except torch and slides."""
+    """What is asked for directly is in constraints.txt, except torch."""
     constraints = (root / "constraints.txt").read_text(encoding="utf-8")
     pinned = set(re.findall(r"^([\w.-]+)==", constraints, re.MULTILINE))
     asked = {
         re.match(r"[\w.-]+", requirement)[0].lower().replace("_", "-")  # type: ignore[index]
         for requirement in metadata.get_all("Requires-Dist", [])
-        if not re.search(r"extra == .slides", requirement)
     }
     assert asked - {"mambamic", "torch"} - pinned == set()
     assert "torch" not in pinned

@@ -19,6 +19,7 @@ COMMANDS = {
     "info": "count what a model has and does",
     "evaluate": "measure how good a checkpoint is",
     "predict": "classify images",
+    "score": "score every tile of whole slides",
     "ood": "teach a checkpoint to tell images of its kind from others",
     "explain": "show where in an image a prediction comes from",
     "import": "turn a checkpoint of the published research code into one of ours",
@@ -55,6 +56,11 @@ _EXTRAS = {
     "torchmetrics": "train",
     "matplotlib": "train",
     "jinja2": "train",
+    "filelock": "slides",
+    "openslide": "slides",
+    "pyarrow": "slides",
+    "ray": "ray",
+    "tiffslide": "slides",
 }
 
 

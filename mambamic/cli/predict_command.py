@@ -142,7 +142,7 @@ def _from_server(args: argparse.Namespace) -> Iterator[Outcome]:
     with Client(
         args.server,
         model=args.model,
-        token=_token(args.token_file),
+        token=read_token(args.token_file),
         ca=args.ca,
         patience=Patience(answer=args.timeout, overall=args.patience),
         limits=Limits(tiles=args.batch_size),
@@ -150,7 +150,12 @@ def _from_server(args: argparse.Namespace) -> Iterator[Outcome]:
         yield from client.stream(args.images, embedding=args.embedding)
 
 
-def _token(path: Path | None) -> str | None:
+def read_token(path: Path | None) -> str | None:
+    """Return the token of a file, or of the environment where there is none.
+
+    Raises:
+        UsageError: There is none in the file.
+    """
     if path is None:
         return os.environ.get(TOKEN_VARIABLE) or None
     try:

@@ -1,0 +1,163 @@
+"""What is made of a table: maps, objects for QuPath, verdicts and pages."""
+
+from __future__ import annotations
+
+import json
+import re
+import uuid
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from mambamic.preprocess import Preprocess
+from mambamic.slides.claims import claim
+from mambamic.slides.colours import class_colours, heat_table
+from mambamic.slides.files import fresh, read_json, sweep, write_json
+from mambamic.slides.geojson import write_geojson
+from mambamic.slides.maps import TileMap, class_layer, heat_layer, overlay
+from mambamic.slides.pipeline import Part, PartScores
+from mambamic.slides.plan import Plan
+from mambamic.slides.read import Failure, Source
+from mambamic.slides.scorers import Scored
+from mambamic.slides.summary import Tally, verdict
+from mambamic.slides.table import Geometry, part_table
+
+CLASSES = ("tumour", "stroma")
+
+
+def _table(scores: list[list[float]], bad: tuple[int, ...] = ()) -> pa.Table:
+    count = len(scores)
+    x = np.arange(count, dtype=np.int64) * 100 + 50
+    plan = Plan(x, np.full(count, 20), np.full(count, 0.5, np.float32))
+    part = Part(Source(Path("s.svs"), False, 1, 50, Preprocess()), plan, 0)
+    blank = np.full((count, 2), np.nan, np.float32)
+    result = PartScores(part, blank, status=["ok"] * count)
+    good = [n for n in range(count) if n not in bad]
+    result.add(good, Scored(np.array([scores[n] for n in good], np.float32), None))
+    for n in bad:
+        result.fail(Failure(n, "unreadable", "no pixels"))
+    return part_table(result, Geometry("s.svs", 100, 1, 0.5), CLASSES)
+
+
+def test_objects_are_in_the_schema_that_qupath_documents(tmp_path: Path) -> None:
+    """A FeatureCollection of Features with objectType, classification and measurements."""
+    file = tmp_path / "t.geojson"
+    tables = [_table([[0.9, 0.1], [0.2, 0.8], [0.5, 0.5]], bad=(2,))]
+    colours = class_colours(2)
+    assert write_geojson(file, tables, "key", CLASSES, colours, (50, 20)) == 2
+    collection = json.loads(file.read_text())
+    assert collection["type"] == "FeatureCollection"
+    first, second = collection["features"]
+    for feature in (first, second):
+        assert set(feature) == {"type", "id", "geometry", "properties"}
+        assert feature["type"] == "Feature"
+        assert uuid.UUID(feature["id"])
+        assert feature["geometry"]["type"] == "Polygon"
+        (ring,) = feature["geometry"]["coordinates"]
+        assert ring[0] == ring[-1]
+        assert len(ring) == 5
+        assert feature["properties"]["objectType"] == "tile"
+        measured = feature["properties"]["measurements"]
+        assert all(isinstance(value, float) for value in measured.values())
+    assert first["geometry"]["coordinates"][0][0] == [0, 0], "from the corner of the bounds"
+    assert second["geometry"]["coordinates"][0][2] == [200, 100]
+    assert first["properties"]["classification"] == {"name": "tumour", "color": list(colours[0])}
+    assert second["properties"]["measurements"]["stroma"] == pytest.approx(0.8)
+    write_geojson(tmp_path / "again.geojson", tables, "key", CLASSES, colours, (50, 20))
+    assert (tmp_path / "again.geojson").read_bytes() == file.read_bytes()
+
+
+def test_no_object_is_still_a_collection(tmp_path: Path) -> None:
+    file = tmp_path / "t.geojson"
+    assert write_geojson(file, [], "key", CLASSES, class_colours(2), (0, 0)) == 0
+    assert json.loads(file.read_text())["features"] == []
+
+
+def test_a_map_is_the_mean_of_the_tiles_at_each_place() -> None:
+    x, y = np.array([0, 50, 800]), np.array([0, 0, 900])
+    tiles = TileMap(x, y, 100, (1000, 1000), (100, 100))
+    mean = tiles.mean(np.array([0.2, 0.6, 1.0], np.float32))
+    assert mean[5, 2] == pytest.approx(0.2)
+    assert mean[5, 7] == pytest.approx(0.4), "two tiles overlap"
+    assert mean[5, 12] == pytest.approx(0.6)
+    assert mean[95, 85] == pytest.approx(1)
+    assert mean[50, 50] == 0
+    assert tiles.count.sum() == 300
+    assert not (tiles.count < 0).any()
+
+
+def test_layers_show_the_class_and_leave_the_rest_clear() -> None:
+    covered = np.array([[True, True, False]])
+    means = [np.array([[0.9, 0.3, 0]], np.float32), np.array([[0.1, 0.7, 0]], np.float32)]
+    colours = class_colours(2)
+    layer = np.asarray(class_layer(means, covered, colours))
+    assert [tuple(pixel) for pixel in layer[0, :2, :3].tolist()] == colours
+    assert layer[0, 0, 3] > layer[0, 1, 3] > layer[0, 2, 3] == 0
+    heat = np.asarray(heat_layer(means[0], covered))
+    assert heat[0, 0, :3].sum() > heat[0, 1, :3].sum()
+    assert heat[0, 2, 3] == 0
+    picture = overlay(np.full((40, 60, 3), 255, np.uint8), class_layer(means, covered, colours),
+        CLASSES, colours)  # fmt: skip
+    assert picture.height > 40
+
+
+def test_colours_differ() -> None:
+    assert len(set(class_colours(30))) == 30
+    brightness = heat_table().astype(int).sum(1)
+    assert (np.diff(brightness) >= -2).all()
+
+
+def test_a_tally_counts_and_judges() -> None:
+    tally = Tally(list(CLASSES))
+    tally.add(_table([[0.9, 0.1]] * 8 + [[0.2, 0.8]] * 2, bad=(0,)))
+    tally.add(_table([[0.9, 0.1]] * 10))
+    said = tally.as_json()
+    assert (said["tiles"], said["scored"], said["bad"]) == (20, 19, 1)
+    assert said["classes"]["tumour"]["tiles"] == 17
+    assert said["classes"]["stroma"]["share"] == pytest.approx(2 / 19)
+    assert sum(said["confidence_histogram"]) == 19
+    assert said["failures"][0]["message"] == "no pixels"
+    assert verdict(tally, 0.05, None) == ("ok", None)
+    status, reason = verdict(tally, 0.04, None)
+    assert status == "failed"
+    assert reason is not None
+    assert re.search(r"1 of 20 tiles .*5\.0%.*no pixels", reason)
+    assert verdict(Tally(["a"]), 0.05, "glass") == ("empty", "glass")
+
+
+def test_a_file_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
+    target = tmp_path / "x.json"
+    write_json(target, {"a": 1})
+
+    def fail_halfway() -> None:
+        with fresh(target) as temporary:
+            temporary.write_text("half")
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail_halfway()
+    assert read_json(target) == {"a": 1}
+    assert [path.name for path in tmp_path.iterdir()] == ["x.json"]
+    assert read_json(tmp_path / "none.json") is None
+
+
+def test_what_a_dead_process_left_is_swept_away(tmp_path: Path) -> None:
+    import os
+    import socket
+
+    for pid in (os.getpid(), 2**22 + 1):
+        (tmp_path / f".tmp-{socket.gethostname()}-{pid}-0-x").write_text("")
+    (tmp_path / ".tmp-another-machine-1-0-x").write_text("")
+    sweep(tmp_path)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_claim_is_held_by_one_until_it_is_released(tmp_path: Path) -> None:
+    first = claim(tmp_path, "part-1")
+    assert first is not None
+    assert claim(tmp_path, "part-1") is None
+    assert claim(tmp_path, "part-2") is not None
+    first.release()
+    assert claim(tmp_path, "part-1") is not None

@@ -1,0 +1,81 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from mambamic.errors import UsageError
+from mambamic.slides.inputs import find_inputs
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for name in ("a.svs", "deep/b.tiff", "deep/a.svs", "deep/preview.png", ".hidden.svs"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    return tmp_path
+
+
+def test_a_folder_is_searched_and_previews_beside_slides_are_left_out(folder: Path) -> None:
+    found = find_inputs([str(folder)])
+    assert [entry.path.relative_to(folder).as_posix() for entry in found] == [
+        "a.svs",
+        "deep/a.svs",
+        "deep/b.tiff",
+    ]
+    assert found[2].name == "b.tiff"
+    assert found[0].name != found[1].name, "two of one name are told apart"
+
+
+def test_images_alone_are_slides(folder: Path) -> None:
+    (folder / "only").mkdir()
+    (folder / "only" / "x.png").write_bytes(b"")
+    assert [entry.name for entry in find_inputs([str(folder / "only")])] == ["x.png"]
+
+
+def test_patterns_and_doubles(folder: Path) -> None:
+    found = find_inputs(
+        [str(folder / "deep" / "*.svs"), str(folder / "deep"), str(folder / "a.svs")]
+    )
+    assert len(found) == 3
+
+
+def test_a_zip_is_a_set_of_tiles_and_a_folder_where_asked(folder: Path) -> None:
+    (folder / "t.zip").write_bytes(b"")
+    assert find_inputs([str(folder / "t.zip")])[0].tiles
+    (only,) = find_inputs([str(folder / "deep")], tiles=True)
+    assert only.tiles
+    assert only.path == folder / "deep"
+
+
+def test_a_manifest_states_mpp_mask_and_id(folder: Path) -> None:
+    table = folder / "slides.csv"
+    table.write_text(
+        "path,mpp,mask,id,donor\na.svs,0.25,deep/preview.png,first,7\ndeep/b.tiff,,,,8\n"
+    )
+    first, second = find_inputs([str(folder / "a.svs")], table)
+    assert (first.name, first.mpp, first.mask) == ("first", 0.25, folder / "deep/preview.png")
+    assert (second.name, second.mpp, second.mask) == ("b.tiff", None, None)
+    assert find_inputs([str(table)]) == [first, second]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("file\na.svs\n", "path, and where known"),
+        ("path,mpp\na.svs,fine\n", "line 2: mpp 'fine'"),
+        ("path\nnone.svs\n", "line 2: path 'none.svs'"),
+        ("path,id\na.svs,x\ndeep/b.tiff,x\n", "line 2: the id 'x'"),
+        ("path,mpp\n,0.5\n", "line 2: no path"),
+    ],
+)
+def test_a_wrong_manifest_is_refused_with_its_line(folder: Path, text: str, said: str) -> None:
+    (folder / "slides.csv").write_text(text)
+    with pytest.raises(UsageError, match=said):
+        find_inputs([], folder / "slides.csv")
+
+
+@pytest.mark.parametrize("named", [[], ["nowhere.svs"], ["no*.svs"]])
+def test_nothing_to_score_is_an_error(named: list[str]) -> None:
+    with pytest.raises(UsageError):
+        find_inputs(named)

@@ -1,0 +1,84 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mambamic.errors import SlideError
+from mambamic.slides.overview import read_overview
+from mambamic.slides.source import open_slide
+
+from .slide_files import blobs, write_slide
+
+
+def test_a_slide_states_what_its_header_does(data_dir: Path) -> None:
+    slide = open_slide(data_dir / "slides" / "CMU-1-Small-Region.svs")
+    info = slide.info
+    assert (info.reader, info.format, info.sizes) == ("openslide", "aperio", ((2220, 2967),))
+    assert info.mpp == (0.499, 0.499)
+    assert info.objective == 20
+    assert slide.read(100, 100, 0, (64, 32)).size == (64, 32)
+    slide.close()
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("CMU-1-Small-Region.truncated.svs", "cannot be opened .OpenSlide: .*TiffSlide: "),
+        ("broken.svs", "cannot be opened"),
+        ("dicom_test_image.dcm", "cannot be opened"),
+        ("none.svs", "is not there"),
+    ],
+)
+def test_what_cannot_be_opened_says_so_in_one_line(data_dir: Path, name: str, said: str) -> None:
+    with pytest.raises(SlideError, match=said) as caught:
+        open_slide(data_dir / "slides" / name)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_openslide_does_not_read_tiffslide_does(tmp_path: Path) -> None:
+    import tifffile
+
+    pixels = np.random.default_rng(0).integers(0, 255, (300, 400, 3), np.uint8)
+    tifffile.imwrite(tmp_path / "plain.tif", pixels, photometric="rgb")
+    slide = open_slide(tmp_path / "plain.tif")
+    assert slide.info.reader == "tiffslide"
+    assert np.array_equal(np.asarray(slide.read(10, 20, 0, (50, 40))), pixels[20:60, 10:60])
+    slide.close()
+
+
+def test_an_image_that_calls_itself_a_label_is_not_read(tmp_path: Path) -> None:
+    import tifffile
+
+    label = np.full((300, 400, 3), 9, np.uint8)
+    file = tmp_path / "x.tif"
+    tifffile.imwrite(file, label, photometric="rgb", description="Label_Image of a slide")
+    with pytest.raises(SlideError, match="label"):
+        open_slide(file)
+
+
+def test_a_plain_image_is_decoded_as_the_server_does(tmp_path: Path) -> None:
+    Image.new("RGBA", (60, 40), (0, 0, 0, 0)).save(tmp_path / "clear.png")
+    slide = open_slide(tmp_path / "clear.png")
+    assert slide.info.reader == "pillow"
+    assert slide.read(0, 0, 0, (5, 5)).getpixel((2, 2)) == (255, 255, 255)
+
+
+def test_an_overview_is_read_block_by_block_and_around_damage(data_dir: Path) -> None:
+    good = read_overview(data_dir / "slides" / "CMU-1-Small-Region.svs")
+    bad = read_overview(data_dir / "slides" / "CMU-1-Small-Region.corrupt.svs")
+    assert good.known.all()
+    assert 0.85 < bad.known.mean() < 1
+    # Smaller blocks are reduced from other starts: a level or so in few places.
+    difference = np.abs(bad.pixels.astype(int) - good.pixels)[bad.known]
+    assert difference.mean() < 1
+
+
+def test_an_overview_of_a_pyramid_shows_the_whole(tmp_path: Path) -> None:
+    path = write_slide(tmp_path / "p.tiff", (8192, 4096), 3, blobs([(6000, 1000, 500)]))
+    overview = read_overview(path, side=512)
+    assert overview.pixels.shape == (256, 512, 3)
+    dark = np.argwhere(overview.pixels[..., 1] < 160)
+    assert np.abs(dark.mean(axis=0) - (1000 / 16, 6000 / 16)).max() < 2
