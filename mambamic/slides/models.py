@@ -16,7 +16,7 @@ class ModelChoice:
     """A model as the user names it.
 
     Args:
-        folder: A checkpoint, or a model of the WSInfer zoo.
+        folder: A checkpoint, an ONNX file of one, or a model of the WSInfer zoo.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         dtype: Of a checkpoint: ``auto``, ``float32``, ``float16`` or ``bfloat16``.
         embeddings: Whether to keep what the network's head sees.

@@ -59,14 +59,16 @@ class Scorer(Protocol):
 
 
 def checkpoint_facts(folder: Path) -> ModelFacts:
-    """Read what a run has to know of a checkpoint, without its weights being put into a model.
+    """Read what a run has to know of a checkpoint, or of an ONNX file that was made from one.
 
     Raises:
         CheckpointError: It is damaged.
     """
     from mambamic.checkpoint import load_checkpoint
+    from mambamic.graph.onnx import find_onnx, open_onnx
 
-    config = load_checkpoint(folder).config
+    file = find_onnx(folder, asked=False)
+    config = load_checkpoint(folder).config if file is None else open_onnx(file).checkpoint.config
     # Metrics and licence may be added to a checkpoint without changing a score.
     decides = ("architecture", "classes", "input_size", "resize", "interpolation", "mean", "std")
     stated = {name: getattr(config, name) for name in (*decides, "head", "temperature")}
