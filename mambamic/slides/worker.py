@@ -14,6 +14,7 @@ import sys
 import threading
 from collections.abc import Sequence
 from dataclasses import replace
+from importlib.util import find_spec
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 
@@ -29,7 +30,9 @@ from mambamic.slides.settings import ModelFacts
 
 def device_names(device: str, count: int) -> list[str]:
     """Return a device per process: ``cuda:0``, ``cuda:1`` and so on, or the CPU several times."""
-    if device == "auto":
+    if device == "auto" and find_spec("torch") is None:  # ONNX Runtime, on the CPU
+        device = "cpu"
+    elif device == "auto":
         import torch
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
