@@ -16,7 +16,6 @@ from mambamic._version import __version__
 from mambamic.checkpoint import Checkpoint
 from mambamic.config import Config
 from mambamic.engine import read_model
-from mambamic.errors import CheckpointError
 from mambamic.export.onnx_graph import Graph
 from mambamic.export.onnx_networks import add_network
 from mambamic.export.onnx_scan import DOMAIN, OPSET, selective_scan
@@ -41,7 +40,7 @@ def write_onnx(
         The path of the file.
 
     Raises:
-        CheckpointError: The checkpoint is damaged, or its input is too small for its network.
+        CheckpointError: The checkpoint is damaged.
     """
     target = Path(out)
     data = serialise(checkpoint, float_input=float_input)
@@ -73,12 +72,6 @@ def build_onnx(checkpoint: Checkpoint, *, float_input: bool = False) -> onnx.Mod
     config = checkpoint.config
     model = read_model(checkpoint, "reference")
     size, classes = config.input_size, len(config.classes)
-    if size < model.minimum_size:
-        raise CheckpointError(
-            f"input_size {size} for {config.architecture}",
-            f"at least {model.minimum_size}",
-            "train the model with larger images",
-        )
     graph = Graph()
     with torch.no_grad():
         image = "images" if float_input else _normalised(graph, config)

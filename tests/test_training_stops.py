@@ -102,7 +102,9 @@ def test_killed_at_any_moment_it_ends_with_the_very_same_numbers(
         process = start(data, out)
         time.sleep(2)  # at the least, to begin at all
     _, stderr = process.communicate(timeout=120)
-    assert (process.returncode, stderr) == (0, "")
+    # The last kill may have come after the end.
+    assert process.returncode == 0, stderr
+    assert stderr == "" or "nothing was trained" in stderr
     assert measured(out) == measured(finished), seed
     expected, found = state(finished)["state_dict"], state(out)["state_dict"]
     assert expected.keys() == found.keys()
