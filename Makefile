@@ -16,6 +16,8 @@ USERS ?= 16
 SECONDS ?= 60
 RATE ?= 0
 REPORTS ?= runs/loadtest
+# Of make test: processes that it runs in.
+JOBS ?= 2
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -46,8 +48,9 @@ serve: $(VENV)/.serve ## start a server and print a first prediction (MODEL=, PO
 stop: $(VENV)/.serve ## stop the server (PORT=)
 	@$(BIN)/mambamic serve --stop --port $(PORT)
 
-test: $(VENV)/.dev ## run the tests (ARGS= for pytest)
-	@$(BIN)/python -m pytest -m 'not soak' $(ARGS)
+# The files in their order, which has those with servers first: the longest.
+test: $(VENV)/.dev ## run the tests (ARGS= for pytest, JOBS=)
+	@$(BIN)/python -m pytest -m 'not soak' -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 check: $(VENV)/.dev ## format, lint, types, and known holes where they can be looked up
 	$(BIN)/ruff format --check .

@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
 
 from .random_checkpoint import write_random_checkpoint
+from .turns import turn
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -48,6 +49,13 @@ def root() -> Path:
 
 
 LEFT_OUT = pytest.StashKey[int]()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol() -> Generator[None, object, object]:
+    """Let a test wait while one of another process has the machine alone."""
+    with turn():
+        return (yield)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -32,8 +32,12 @@ def mute() -> Iterator[int]:
         listener.bind(("127.0.0.1", 0))
         listener.listen()
         port: int = listener.getsockname()[1]
-        sleep = [sys.executable, "-c", "import time; time.sleep(600)", MAIN_CLASS]
-        with subprocess.Popen(sleep) as process:
+        code = "import time; print('there', flush=True); time.sleep(600)"
+        sleep = [sys.executable, "-c", code, MAIN_CLASS]
+        with subprocess.Popen(sleep, stdout=subprocess.PIPE) as process:
+            # For a moment after its start a process has no command line yet.
+            assert process.stdout is not None
+            assert process.stdout.readline() == b"there\n"
             folder = ServerFolder.of_port(port)
             folder.create()
             created = psutil.Process(process.pid).create_time()

@@ -111,7 +111,8 @@ def test_shares_are_parts_of_what_one_process_makes(pixels: Tensor) -> None:
         return images
 
     parts = [made(Share(rank, 2).of(pixels), Share(rank, 2)) for rank in range(2)]
-    assert torch.equal(torch.cat(parts), made(pixels, Share()))
+    # How torch rounds depends on a batch's size, on some processors.
+    torch.testing.assert_close(torch.cat(parts), made(pixels, Share()), atol=1e-4, rtol=0)
 
 
 RECIPES = {

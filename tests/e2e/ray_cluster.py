@@ -2,8 +2,8 @@
 
 Ray listens on all addresses; here there is only the loopback of a namespace of its own. Called by
 ``test_slides_ray.py`` as ``python ray_cluster.py FOLDER KILL ARGUMENT...``: the arguments are those
-of ``mambamic score``; with KILL ``model`` or ``reader`` a process of that kind is killed while the
-run goes on. It exits as the run does.
+of ``mambamic score``; KILL names the kinds of process, of each of which one is killed on the way,
+``reader`` or ``model`` or both, with a comma, or none. It exits as the run does.
 """
 
 from __future__ import annotations
@@ -59,13 +59,14 @@ def kill_one(kind: str, run: subprocess.Popen[bytes]) -> bool:
 
 
 def main() -> int:
-    folder, kind, *arguments = sys.argv[1:]
+    folder, kinds, *arguments = sys.argv[1:]
     loopback_up()
     start_nodes(folder)
     command = [sys.executable, "-m", "mambamic", "score", *arguments, "--ray", ADDRESS]
     with subprocess.Popen(command, env={**os.environ, "RAY_ADDRESS": ADDRESS}) as run:
-        if kind in NAMES and not kill_one(kind, run):
-            sys.exit("the run ended before anything could be killed")
+        for kind in filter(None, kinds.split(",")):
+            if not kill_one(kind, run):
+                sys.exit(f"the run ended before a {kind} could be killed")
         return run.wait()
 
 

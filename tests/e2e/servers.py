@@ -23,13 +23,18 @@ import urllib3
 from mambamic.launcher.folders import ServerFolder
 from mambamic.launcher.java import find_java
 
+from ..turns import WORKER
+
 ROOT = Path(__file__).resolve().parent.parent.parent
 Fields = list[tuple[str, tuple[str, bytes, str]]]
 
 
 def free_port() -> int:
     """A port that is free together with the three after it."""
-    for port in range(20000 + os.getpid() % 8000, 60000, 7):
+    # Each process of a test run has a range of its own: a port is taken some time after this look.
+    first = 20000 + WORKER % 4 * 3000
+    for offset in range(0, 3000, 7):
+        port = first + (os.getpid() + offset) % 2990
         with contextlib.ExitStack() as stack:
             try:
                 for number in range(port, port + 4):

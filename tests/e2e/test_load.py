@@ -66,7 +66,7 @@ def load(
 def test_a_scenario(
     behind: tuple[RunningServer, RunningEdge], scenario: str, tmp_path: Path
 ) -> None:
-    found = load(behind[1], scenario, 6, tmp_path, users=3)
+    found = load(behind[1], scenario, 5, tmp_path, users=3)
     # Three at a time are within what the edge admits.
     assert set(found["statuses"]) == {"200"}
     assert found["faults"] == {}
@@ -85,7 +85,9 @@ def test_wrong_answers_are_told(behind: tuple[RunningServer, RunningEdge], tmp_p
     )  # fmt: skip
     assert done.returncode == 1
     found = json.loads((tmp_path / "record.json").read_text())
-    assert found["faults"] == {"404 to a good image": found["requests"]}
+    # A fast machine asks for more than the edge admits: 429 is no fault.
+    assert set(found["statuses"]) <= {"404", "429"}
+    assert found["faults"] == {"404 to a good image": found["statuses"]["404"]}
 
 
 def resources(state: Path) -> dict[str, int]:
@@ -134,7 +136,7 @@ def predictions_are_right(front: RunningEdge, classifier: Classifier) -> bool:
 def test_twice_the_load_for_seconds(
     behind: tuple[RunningServer, RunningEdge], classifier: Classifier, tmp_path: Path
 ) -> None:
-    found = overload(behind, 18, tmp_path)
+    found = overload(behind, 9, tmp_path)
     statuses = found["twice"]["statuses"]
     assert found["twice"]["faults"] == {}
     assert statuses["429"] > 0, "it was no overload"

@@ -31,6 +31,7 @@ from mambamic.export.archive import write_archive
 from mambamic.ood import fit_detector, store_detector
 
 from ..random_checkpoint import write_random_checkpoint
+from ..turns import alone
 from .prometheus import SCRAPE_S, Prometheus, prometheus
 from .servers import (
     ROOT,
@@ -128,7 +129,8 @@ def monitored(checkpoint_with_detector: Path, cell: bytes) -> Iterator[Monitored
     ):
         load = Generator(server, cell, LOAD_S)
         began = time.time()
-        load.run()
+        with alone():
+            load.run()
         time.sleep(3 * SCRAPE_S)
         yield Monitored(server, running, load, began)
 

@@ -47,7 +47,10 @@ def here(arguments: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path
     return out
 
 
-@pytest.mark.parametrize("kill", ["nothing", "model", "reader"])
+@pytest.mark.parametrize(
+    "kill",
+    ["reader,model", *(pytest.param(kill, marks=pytest.mark.soak) for kill in ("", "model"))],
+)
 def test_a_cluster_gives_the_same_table(
     kill: str, here: Path, arguments: list[str], tmp_path: Path
 ) -> None:
