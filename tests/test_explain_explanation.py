@@ -9,11 +9,12 @@ import pytest
 import torch
 
 from mambamic import Classifier, create_model
-from mambamic.checkpoint import save_checkpoint
+from mambamic.checkpoint import Checkpoint, save_checkpoint
 from mambamic.config import Config
 from mambamic.errors import ShapeError, UsageError
 from mambamic.explain.explanation import Question
 from mambamic.explain.methods import grad_cam, occlusion
+from mambamic.export.onnx_export import write_onnx
 
 from .random_checkpoint import CLASSES
 
@@ -26,13 +27,17 @@ def mambamic(random_checkpoint: Path) -> Classifier:
 
 
 @pytest.fixture(scope="module")
-def medmamba(tmp_path_factory: pytest.TempPathFactory) -> Classifier:
+def medmamba_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     torch.manual_seed(3)
     model = create_model("medmamba_t", len(CLASSES))
     folder = tmp_path_factory.mktemp("medmamba") / "random"
     config = Config("medmamba_t", CLASSES, input_size=64)
-    save_checkpoint(folder, config, model.state_dict(), "# Random weights\n")
-    return Classifier.load(folder, device="cpu")
+    return save_checkpoint(folder, config, model.state_dict(), "# Random weights\n")
+
+
+@pytest.fixture(scope="module")
+def medmamba(medmamba_checkpoint: Checkpoint) -> Classifier:
+    return Classifier.load(medmamba_checkpoint, device="cpu")
 
 
 def test_the_predicted_class_is_explained_where_none_is_named(mambamic: Classifier) -> None:
@@ -78,6 +83,14 @@ def test_what_has_no_answer_is_refused(
 ) -> None:
     with pytest.raises(UsageError, match=named):
         Question(mambamic, **asked)  # type: ignore[arg-type]
+
+
+def test_an_onnx_file_has_no_gradients(medmamba_checkpoint: Checkpoint, tmp_path: Path) -> None:
+    onnx = Classifier.load(write_onnx(medmamba_checkpoint, tmp_path / "model.onnx"))
+    assert Question(onnx).explain(PIXELS).method == "occlusion"
+    for method in ("grad-cam", "integrated-gradients"):
+        with pytest.raises(UsageError, match=r"no gradients.*occlusion"):
+            Question(onnx, method)
 
 
 def test_there_is_no_fifth_stage(medmamba: Classifier) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import zipfile
 from pathlib import Path
 
@@ -55,7 +56,14 @@ def test_says_what_torch_says_at_every_batch(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", VARIANTS)
 def test_every_variant_in_full_size(name: str, tmp_path: Path) -> None:
     checkpoint = random_weights(tmp_path, name, 224)
+    begun = time.perf_counter()
     path = write_onnx(checkpoint, tmp_path / "model.onnx")
+    written = time.perf_counter()
+    onnxruntime.InferenceSession(path)
+    loaded = time.perf_counter()
+    print(f"{name}: written in {written - begun:.1f} s, loaded in {loaded - written:.2f} s")
+    assert written - begun < 120
+    assert loaded - written < 1
     assert path.stat().st_size < LIMITS.get(name, 200e6)
     found = list(verify(checkpoint, path, random_pixels(3, 224)))
     assert all(agreement.holds for agreement in found), found

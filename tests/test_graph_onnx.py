@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -77,6 +81,46 @@ def test_a_folder_with_weights_and_a_file_takes_the_weights_unless_asked(
     assert Classifier.load(bare).backend == "onnxruntime"
 
 
+def test_a_file_that_is_older_than_its_checkpoint_is_refused(
+    random_checkpoint: Path, file: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(random_checkpoint, tmp_path / "both"))
+    shutil.copy(file, folder)
+    config = load_checkpoint(folder).config
+    described = replace(config, licence="CC-BY-4.0", metrics={"accuracy": 0.9})
+    (folder / CONFIG_FILE).write_text(described.to_json(), encoding="utf-8")
+    assert Classifier.load(folder, backend="onnxruntime").backend == "onnxruntime"
+    calibrated = replace(config, temperature=0.1)
+    (folder / CONFIG_FILE).write_text(calibrated.to_json(), encoding="utf-8")
+    with pytest.raises(CheckpointError, match=r"temperature None, .* 0\.1; .*mambamic onnx"):
+        Classifier.load(folder, backend="onnxruntime")
+
+
+@pytest.mark.parametrize(("chosen", "more"), [("1", 0), ("3", 2), ("", 0), ("many", 0)])
+def test_threads_are_as_many_as_the_process_may_use(chosen: str, more: int, file: Path) -> None:
+    # Fewer cores than the machine has.
+    code = f"""
+import os
+os.sched_setaffinity(0, {{min(os.sched_getaffinity(0))}})
+from mambamic import Classifier
+import onnxruntime
+before = set(os.listdir("/proc/self/task"))
+classifier = Classifier.load({str(file)!r})
+threads = set(os.listdir("/proc/self/task")) - before
+assert all(os.sched_getaffinity(int(one)) == os.sched_getaffinity(0) for one in threads)
+print(len(threads))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "OMP_NUM_THREADS": chosen},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) == more
+
+
 def test_what_is_refused(random_checkpoint: Path, file: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"has no model\.onnx"):
         Classifier.load(random_checkpoint, backend="onnxruntime")
@@ -94,6 +138,10 @@ def test_what_is_refused(random_checkpoint: Path, file: Path, tmp_path: Path) ->
     damaged.write_bytes(file.read_bytes()[:100_000])
     with pytest.raises(CheckpointError, match="cannot be loaded"):
         Classifier.load(damaged)
+    for content in (b"", b"\0" * 64, b"not a network"):
+        damaged.write_bytes(content)
+        with pytest.raises(CheckpointError, match="cannot be loaded"):
+            Classifier.load(damaged)
     floats = write_onnx(load_checkpoint(random_checkpoint), tmp_path / "f.onnx", float_input=True)
     with pytest.raises(CheckpointError, match="float32 NCHW"):
         Classifier.load(floats)

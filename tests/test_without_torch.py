@@ -16,6 +16,9 @@ from mambamic.checkpoint import load_checkpoint
 from mambamic.export.onnx_export import write_onnx
 from mambamic.export.onnx_verify import random_pixels
 
+from .slide_files import blobs, write_slide
+from .test_slides_score import only, table
+
 
 @pytest.fixture(scope="module")
 def scripts(root: Path, wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -76,6 +79,27 @@ assert "torch" not in sys.modules and classifier.describe()["backend"] == "onnxr
     with np.load(tmp_path / "found.npz") as found:
         for name, values in zip(("arr_0", "arr_1"), expected, strict=True):
             assert np.abs(found[name] - values).max() < 1e-5 * max(1, np.abs(values).max())
+
+
+def test_score(scripts: Path, random_checkpoint: Path, file: Path, tmp_path: Path) -> None:
+    slide = write_slide(tmp_path / "disc.tiff", (512, 384), 1, blobs([(200, 200, 150)]))
+    options = ["--tile-px", "--tile", "64", "--tissue", "none", "--workers", "1"]
+    for place, program, model in (
+        ("onnx", scripts / "mambamic", file),
+        ("torch", Path(sys.executable).with_name("mambamic"), random_checkpoint),
+    ):
+        call = ["score", str(slide), "--model", str(model), "--out", place, *options]
+        done = run(program, *call, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+    found, expected = (table(only(tmp_path / place)) for place in ("onnx", "torch"))
+    assert found.num_rows == 8 * 6
+    assert found.column_names == expected.column_names
+    for name in found.column_names:
+        values, others = (one[name].to_pylist() for one in (found, expected))
+        if isinstance(values[0], float):
+            assert values == pytest.approx(others, abs=1e-4)
+        else:
+            assert values == others
 
 
 def test_weights_ask_for_torch(scripts: Path, random_checkpoint: Path, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from mambamic.prediction import Prediction
 from mambamic.preprocess import Pixels
 
 METHODS = ("occlusion", "integrated-gradients", "grad-cam")
+_BY_GRADIENTS = METHODS[1:]
 STAGES = (1, 2, 3, 4)
 _MIXES = "mambamic"  # architectures whose feature maps exchange height and width
 
@@ -47,7 +48,7 @@ class Question:
 
     Args:
         classifier: The model.
-        method: One of ``METHODS``, or ``auto``: Grad-CAM for MedMamba, for MambaMIC occlusion.
+        method: One of ``METHODS``, or ``auto``: Grad-CAM for a MedMamba on torch, else occlusion.
         label: The class to explain, or None for the most probable one.
         stage: Of Grad-CAM, from 1 to 4, or None for the last.
 
@@ -77,6 +78,12 @@ class Question:
                 "mirror image across the diagonal",
                 "occlusion or integrated-gradients",
                 "choose one of these",
+            )
+        if self.method in _BY_GRADIENTS and not self._has_gradients:
+            raise UsageError(
+                f"method {self.method!r} for an ONNX file, which has no gradients",
+                "occlusion",
+                "choose that, or ask the checkpoint that the file was made from",
             )
         if self.stage is not None and (self._chosen != "grad-cam" or self.stage not in STAGES):
             raise UsageError(
@@ -114,4 +121,8 @@ class Question:
     def _chosen(self) -> str:
         if self.method != "auto":
             return self.method
-        return "occlusion" if self._mixes else "grad-cam"
+        return "grad-cam" if self._has_gradients and not self._mixes else "occlusion"
+
+    @property
+    def _has_gradients(self) -> bool:
+        return self.classifier.backend != "onnxruntime"

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
-from mambamic.checkpoint import WEIGHTS_FILE, Checkpoint
+from mambamic.checkpoint import CONFIG_FILE, WEIGHTS_FILE, Checkpoint
 from mambamic.config import Config
 from mambamic.errors import BackendError, CheckpointError, UsageError
 from mambamic.preprocess import Pixels
@@ -23,6 +23,11 @@ ONNX_FILE = "model.onnx"  # in a folder, and in an archive
 CONFIG_KEY = "mambamic.config"  # of the metadata: the checkpoint's config.json
 INPUT_KEY = "mambamic.input"
 UINT8_INPUT, FLOAT_INPUT = "uint8 NHWC", "float32 NCHW"
+# What of a config decides on the answer.
+_DECIDING = (
+    *("architecture", "classes", "input_size", "resize", "interpolation", "mean", "std"),
+    *("head", "temperature", "weights_sha256"),
+)
 _MAX_BATCH = 32
 _AGAIN = "write the file anew by: mambamic onnx CHECKPOINT model.onnx"
 
@@ -85,6 +90,9 @@ def open_onnx(path: str | os.PathLike[str]) -> OnnxModel:
 
     file = Path(path)
     options = onnxruntime.SessionOptions()
+    # By itself it starts one for each core of the machine and ties each to its core, whatever this
+    # process may use and however many others there are.
+    options.intra_op_num_threads = _threads()
     # Threads that wait in a loop take the cores from those that work where both are few.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     try:
@@ -95,7 +103,10 @@ def open_onnx(path: str | os.PathLike[str]) -> OnnxModel:
         raise CheckpointError(
             f"{file} cannot be read ({error.strerror})", "an ONNX file", "check the path"
         ) from error
-    except (state.Fail, state.InvalidGraph, state.InvalidProtobuf, state.NotImplemented) as error:
+    except (
+        *(state.Fail, state.InvalidArgument, state.InvalidGraph, state.InvalidProtobuf),
+        *(state.NotImplemented, state.RuntimeException),
+    ) as error:
         raise CheckpointError(
             f"{file} cannot be loaded ({str(error).splitlines()[0][:200]})",
             "an ONNX file that is whole",
@@ -108,7 +119,31 @@ def open_onnx(path: str | os.PathLike[str]) -> OnnxModel:
             f"{CONFIG_KEY} and the input {UINT8_INPUT!r}",
             _AGAIN,
         )
-    return OnnxModel(Checkpoint(file.parent, Config.from_json(stated[CONFIG_KEY])), session)
+    config = Config.from_json(stated[CONFIG_KEY])
+    _check_not_stale(file, config)
+    return OnnxModel(Checkpoint(file.parent, config), session)
+
+
+def _threads() -> int:
+    """Return with how many threads to compute: as torch does, ``OMP_NUM_THREADS`` or all cores."""
+    chosen = os.environ.get("OMP_NUM_THREADS", "")
+    return int(chosen) if chosen.isdecimal() and int(chosen) else len(os.sched_getaffinity(0))
+
+
+def _check_not_stale(file: Path, config: Config) -> None:
+    """Refuse a file beside a checkpoint that has changed since it was written."""
+    beside = file.with_name(CONFIG_FILE)
+    if not beside.exists():
+        return
+    now = Config.from_json(beside.read_text(encoding="utf-8"))
+    for name in _DECIDING:
+        if getattr(now, name) != getattr(config, name):
+            raise CheckpointError(
+                f"{file} has the {name} {getattr(config, name)!r}, and {beside} "
+                f"{getattr(now, name)!r}",
+                "a file of this checkpoint as it is now",
+                _AGAIN,
+            )
 
 
 class OnnxEngine:
