@@ -61,7 +61,11 @@ def verify(
         One comparison per batch size.
     """
     expected = _with_torch(checkpoint, pixels)
-    session = onnxruntime.InferenceSession(os.fspath(path), providers=["CPUExecutionProvider"])
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1  # see graph.onnx
+    session = onnxruntime.InferenceSession(
+        os.fspath(path), options, providers=["CPUExecutionProvider"]
+    )
     given = session.get_inputs()[0].name
     images = pixels if given == "pixels" else checkpoint.config.preprocess.normalise(pixels)
     for batch in batches:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -28,6 +29,7 @@ _DECIDING = (
     *("architecture", "classes", "input_size", "resize", "interpolation", "mean", "std"),
     *("head", "temperature", "weights_sha256"),
 )
+_OUTPUTS = ("probabilities", "features")
 _MAX_BATCH = 32
 _AGAIN = "write the file anew by: mambamic onnx CHECKPOINT model.onnx"
 
@@ -90,11 +92,9 @@ def open_onnx(path: str | os.PathLike[str]) -> OnnxModel:
 
     file = Path(path)
     options = onnxruntime.SessionOptions()
-    # By itself it starts one for each core of the machine and ties each to its core, whatever this
-    # process may use and however many others there are.
-    options.intra_op_num_threads = _threads()
-    # Threads that wait in a loop take the cores from those that work where both are few.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    # The scan is thousands of small steps: threads that share each of them wait for each other more
+    # than they compute. ``OnnxEngine`` gives each thread an image of its own.
+    options.intra_op_num_threads = 1
     try:
         session = onnxruntime.InferenceSession(
             file.read_bytes(), options, providers=["CPUExecutionProvider"]
@@ -125,7 +125,7 @@ def open_onnx(path: str | os.PathLike[str]) -> OnnxModel:
 
 
 def _threads() -> int:
-    """Return with how many threads to compute: as torch does, ``OMP_NUM_THREADS`` or all cores."""
+    """Return how many images to compute at once: ``OMP_NUM_THREADS``, or all cores."""
     chosen = os.environ.get("OMP_NUM_THREADS", "")
     return int(chosen) if chosen.isdecimal() and int(chosen) else len(os.sched_getaffinity(0))
 
@@ -153,7 +153,7 @@ class OnnxEngine:
         model: Opened.
         device: ``auto`` or ``cpu``.
         dtype: ``auto`` or ``float32``.
-        max_batch: Larger batches are split; None for 32.
+        max_batch: How many images are best given at once; None for 32.
 
     Raises:
         BackendError: Another device.
@@ -177,19 +177,23 @@ class OnnxEngine:
         self.device = Device()
         self.max_batch = _MAX_BATCH if max_batch is None else max_batch
         self.session = model.session
+        self._pool = ThreadPoolExecutor(_threads(), "onnxruntime")
 
     def outputs(self, pixels: Pixels) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Return probabilities (B, classes) and embeddings (B, C) of images of the model's size."""
-        names = ["probabilities", "features"]
+        rows = list(self._pool.map(self._row, pixels))
         widths = {output.name: output.shape[1] for output in self.session.get_outputs()}
-        probabilities, features = (
-            np.empty((len(pixels), widths[name]), np.float32) for name in names
+        probabilities, embeddings = (
+            np.concatenate([np.empty((0, widths[name]), np.float32), *(row[i] for row in rows)])
+            for i, name in enumerate(_OUTPUTS)
         )
-        for start in range(0, len(pixels), self.max_batch):
-            part = slice(start, start + self.max_batch)
-            batch = np.ascontiguousarray(pixels[part])
-            probabilities[part], features[part] = self.session.run(names, {"pixels": batch})
-        return probabilities, features
+        return probabilities, embeddings
+
+    def _row(self, image: Pixels) -> list[NDArray[np.float32]]:
+        found: list[NDArray[np.float32]] = self.session.run(
+            _OUTPUTS, {"pixels": np.ascontiguousarray(image[np.newaxis])}
+        )
+        return found
 
     def plain_module(self) -> NoReturn:
         """Refuse: gradients need the network under torch."""
