@@ -5,10 +5,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from mambamic.slides.inputs import SlideInput, find_inputs
 from mambamic.slides.inspection import Inspection, Refusal, inspect, inspect_all
 from mambamic.slides.plan import make_plan, read_plan, write_plan
+from mambamic.slides.read import UNREADABLE, Source, TileReader
 from mambamic.slides.resolution import ResolutionError
 from mambamic.slides.scorers import checkpoint_facts
 from mambamic.slides.settings import PART, ModelFacts, Settings, settings_for
@@ -108,3 +110,26 @@ def test_a_coarse_slide_is_said_to_be_enlarged(slide: Path, model: ModelFacts) -
     settings = _settings(model, target_mpp=0.125)
     seen = inspect(SlideInput(slide, "s"), model, settings)
     assert "2.0 times coarser" in seen.notes[0]
+
+
+def _coloured(folder: Path, colours: dict[str, int]) -> Path:
+    folder.mkdir(exist_ok=True)
+    for name, colour in colours.items():
+        Image.new("RGB", (30, 30), (colour, 0, 0)).save(folder / name)
+    return folder
+
+
+def test_a_tile_is_read_by_its_name_whatever_else_comes_and_goes(
+    tmp_path: Path, model: ModelFacts
+) -> None:
+    folder = _coloured(tmp_path / "tiles", {"b.png": 20, "c.png": 30, "d.png": 40})
+    settings = _settings(model, own_pixels=True, target_mpp=None)
+    plan = make_plan(inspect(SlideInput(folder, "t", tiles=True), model, settings), settings).plan
+    assert plan.names == ["b.png", "c.png", "d.png"]
+    _coloured(folder, {"a.png": 10})
+    (folder / "b.png").unlink()
+    pixels = np.zeros((3, 64, 64, 3), np.uint8)
+    source = Source(folder, True, 0, 0, model.preprocess)
+    report = TileReader().read(source, plan.places(range(3)), pixels)
+    assert [(failure.at, failure.status) for failure in report.failures] == [(0, UNREADABLE)]
+    assert [int(tile[5, 5, 0]) for tile in pixels] == [0, 30, 40]

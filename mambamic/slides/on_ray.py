@@ -81,9 +81,8 @@ def _run_wave(
         blank = np.full((len(places), len(facts.classes)), np.nan, np.float32)
         status = ["ok"] * len(places)
         results.append(PartScores(part, blank, status=status, missing=len(places)))
-        corners = np.array([(place.x, place.y) for place in places], np.int64)
         items += [
-            {"part": number, "start": start, "corners": corners[start : start + _TILES]}
+            {"part": number, "start": start, "places": json.dumps(places[start : start + _TILES])}
             for start in range(0, len(places), _TILES)
         ]
     # Stated apart, or Ray would let the few that have a model do the reading too.
@@ -115,7 +114,8 @@ def _read(row: dict[str, Any], sources: list[Source]) -> dict[str, Any]:
     """Read the tiles of a row; runs anywhere in the cluster."""
     source = sources[row["part"]]
     size = source.preprocess.input_size
-    places = [Place(at, int(x), int(y)) for at, (x, y) in enumerate(row["corners"])]
+    given = (Place(*fields) for fields in json.loads(row["places"]))
+    places = [place._replace(at=at) for at, place in enumerate(given)]
     pixels = np.zeros((len(places), size, size, 3), np.uint8)
     reader = TileReader()
     report = reader.read(source, places, pixels)

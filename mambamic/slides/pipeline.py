@@ -46,8 +46,7 @@ class Part:
     def places(self) -> list[Place]:
         """Return the tiles, numbered within the part."""
         rows = self.plan.part(self.number)
-        x, y = self.plan.x[rows].tolist(), self.plan.y[rows].tolist()
-        return [Place(index, *corner) for index, corner in enumerate(zip(x, y, strict=True))]
+        return self.plan.places(range(rows.start, rows.stop))
 
 
 @dataclass
@@ -157,7 +156,7 @@ class _Line:
                     self._under_way += 1
                 for start in range(0, len(places), self._scorer.batch):
                     some = places[start : start + self._scorer.batch]
-                    here = [Place(n, place.x, place.y) for n, place in enumerate(some)]
+                    here = [place._replace(at=n) for n, place in enumerate(some)]
                     batch = Batch(part.source, here, (result, start))
                     while not self._pool.submit(batch, _POLL_S):
                         if self.stop.is_set():
