@@ -78,9 +78,7 @@ def _run_wave(
     items, results = [], []
     for number, part in enumerate(wave):
         places = part.places()
-        blank = np.full((len(places), len(facts.classes)), np.nan, np.float32)
-        status = ["ok"] * len(places)
-        results.append(PartScores(part, blank, status=status, missing=len(places)))
+        results.append(PartScores.blank(part, len(facts.classes)))
         items += [
             {"part": number, "start": start, "places": json.dumps(places[start : start + _TILES])}
             for start in range(0, len(places), _TILES)
@@ -157,11 +155,14 @@ class _Model:
 def _add(result: PartScores, row: dict[str, Any], seconds: Seconds) -> None:
     start, probabilities = row["start"], np.asarray(row["probabilities"])
     embeddings = np.asarray(row["embeddings"])
-    rows = list(range(start, start + len(probabilities)))
-    result.add(rows, Scored(probabilities, embeddings if embeddings.shape[1] else None))
-    for at, status, message in json.loads(row["failures"]):
-        result.fail(Failure(start + at, status, message))
-    result.missing -= len(rows)
+    failures = [Failure(*fields) for fields in json.loads(row["failures"])]
+    failed = {failure.at for failure in failures}
+    good = [n for n in range(len(probabilities)) if n not in failed]
+    scored = Scored(probabilities[good], embeddings[good] if embeddings.shape[1] else None)
+    result.add([start + n for n in good], scored)
+    for failure in failures:
+        result.fail(failure._replace(at=start + failure.at))
+    result.missing -= len(probabilities)
     read, preprocess, model = (float(spent) for spent in row["seconds"])
     seconds.read += read
     seconds.preprocess += preprocess

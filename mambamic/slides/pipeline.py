@@ -20,11 +20,16 @@ from numpy.typing import NDArray
 
 from mambamic.slides.plan import Plan
 from mambamic.slides.pool import Batch, ReaderPool
-from mambamic.slides.read import OK, Failure, Place, Source
+from mambamic.slides.read import DIED, OK, UNREADABLE, Failure, Place, Source
 from mambamic.slides.scorers import Scored, Scorer
 
 _POLL_S = 0.2
 _RESULTS = 8  # parts that wait for the caller
+REFUSED, NOT_FINITE = "refused", "not_finite"
+_NOT_FINITE = (
+    "the model's probabilities for this tile are not finite: see whether its weights are damaged, "
+    "or try --dtype float32"
+)
 
 
 @dataclass
@@ -79,21 +84,36 @@ class PartScores:
     messages: dict[int, str] = field(default_factory=dict)
     missing: int = 0
 
+    @classmethod
+    def blank(cls, part: Part, classes: int) -> PartScores:
+        """Return those of a part of which nothing is scored yet."""
+        count = len(part.places())
+        scores = np.full((count, classes), np.nan, np.float32)
+        return cls(part, scores, status=[OK] * count, missing=count)
+
     @property
     def bad(self) -> int:
         """Number of tiles without scores."""
         return sum(status != OK for status in self.status)
 
+    @property
+    def unread(self) -> int:
+        """Number of tiles whose pixels could not be had."""
+        return sum(status in (UNREADABLE, DIED) for status in self.status)
+
     def add(self, rows: list[int], scored: Scored) -> None:
-        """Take the scores of some rows."""
+        """Take the scores of some rows; those that are no numbers are failures."""
         self.probabilities[rows] = scored.probabilities
         if scored.embeddings is not None:
             if self.embeddings is None:
                 shape = len(self.status), scored.embeddings.shape[1]
                 self.embeddings = np.full(shape, np.nan, np.float32)
             self.embeddings[rows] = scored.embeddings
+        for place in np.flatnonzero(~np.isfinite(scored.probabilities).all(axis=1)).tolist():
+            self.fail(Failure(rows[place], NOT_FINITE, _NOT_FINITE))
+        # The scores of these are blank.
         for place, message in scored.refused.items():
-            self.fail(Failure(rows[place], "refused", message))
+            self.fail(Failure(rows[place], REFUSED, message))
 
     def fail(self, failure: Failure) -> None:
         """Note a tile without scores."""
@@ -149,9 +169,7 @@ class _Line:
         with self._reporting():
             for part in parts:
                 places = part.places()
-                classes = len(self._scorer.facts.classes)
-                blank = np.full((len(places), classes), np.nan, np.float32)
-                result = PartScores(part, blank, status=[OK] * len(places), missing=len(places))
+                result = PartScores.blank(part, len(self._scorer.facts.classes))
                 with self._lock:
                     self._under_way += 1
                 for start in range(0, len(places), self._scorer.batch):

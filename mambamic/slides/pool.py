@@ -26,9 +26,7 @@ from typing import Any
 
 from mambamic.errors import ServerError
 from mambamic.preprocess import Pixels
-from mambamic.slides.read import Failure, Place, Report, Source, as_pixels
-
-DIED = "reader_died"
+from mambamic.slides.read import DIED, Failure, Place, Report, Source, as_pixels
 
 
 @dataclass

@@ -17,7 +17,7 @@ from mambamic.preprocess import Pixels, Preprocess
 from mambamic.slides.source import Slide, open_slide
 from mambamic.slides.tileset import TileSet
 
-OK, UNREADABLE = "ok", "unreadable"
+OK, UNREADABLE, DIED = "ok", "unreadable", "reader_died"
 _KEPT_OPEN = 2  # the slide that is read, and the next
 
 

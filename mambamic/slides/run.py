@@ -229,7 +229,7 @@ class Run:
         assert work.plan is not None
         work.bad += result.bad
         too_many = work.bad > self.task.finish.max_bad * len(work.plan)
-        if too_many and result.bad == len(result.status):
+        if too_many and result.unread == len(result.status):
             # Nothing can be read any more: the disk or the network is gone, or the file is.
             # Written down this would stay; so it is left for another run to try.
             reason = next(iter(result.messages.values()))
