@@ -39,3 +39,9 @@ def test_rows_become_scores_or_say_why_not() -> None:
     assert result.embeddings is not None
     assert np.isnan(result.embeddings).all(axis=1).tolist() == [False, True, True, False]
     assert (result.missing, seconds.model) == (0, 1)
+
+
+def test_no_part_waits_in_a_wave_while_others_wait_for_it() -> None:
+    one, two, three = (_part() for _ in range(3))
+    waves = on_ray._waves(iter([one, two, None, None, three]))
+    assert list(waves) == [[one, two], [three]]

@@ -131,3 +131,15 @@ def test_scores_that_are_no_numbers_are_failures(slide: Path) -> None:
     assert len(bad) == result.bad == 10 * 16 + 11, "every third of ten batches of 48 and one of 32"
     assert np.isnan(result.probabilities[bad]).all()
     assert "not finite" in result.messages[bad[0]]
+
+
+def test_who_waits_for_others_still_hears_of_a_failure(slide: Path) -> None:
+    def waiting() -> Iterator[Part | None]:
+        yield _parts(slide)[0]
+        while True:
+            yield None
+
+    before = threading.active_count()
+    with ReaderPool(1, 48, 16) as pool, pytest.raises(InferenceError, match="the model broke"):
+        list(run_parts(waiting(), pool, Brightness(fail_at=2), Seconds()))
+    assert threading.active_count() == before

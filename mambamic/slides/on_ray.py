@@ -7,7 +7,6 @@ table is the same. Slides, model and results lie where all machines see them und
 
 from __future__ import annotations
 
-import itertools
 import json
 import logging
 import time
@@ -20,7 +19,7 @@ import ray.data
 
 from mambamic.errors import ServerError
 from mambamic.slides.models import ModelChoice
-from mambamic.slides.pipeline import Part, PartScores, Seconds
+from mambamic.slides.pipeline import WAIT_S, Part, PartScores, Seconds
 from mambamic.slides.read import Failure, Place, Source, TileReader
 from mambamic.slides.scorers import Scored
 from mambamic.slides.settings import ModelFacts
@@ -57,19 +56,38 @@ def connect(address: str) -> int:
 
 
 def run_parts_on_ray(
-    parts: Iterator[Part], choice: ModelChoice, facts: ModelFacts, models: int, seconds: Seconds
+    parts: Iterator[Part | None],
+    choice: ModelChoice,
+    facts: ModelFacts,
+    models: int,
+    seconds: Seconds,
 ) -> Iterator[PartScores]:
     """Score parts on the cluster; they come back when they are done, in any order.
 
     Args:
-        parts: Taken in waves.
+        parts: Taken in waves; None where there is nothing yet, but may be later.
         choice: The model, which every actor loads.
         facts: Of the model.
         models: Actors.
         seconds: To which the times are added.
     """
-    while wave := list(itertools.islice(parts, _WAVE)):
+    for wave in _waves(parts):
         yield from _run_wave(wave, choice, facts, models, seconds)
+
+
+def _waves(parts: Iterator[Part | None]) -> Iterator[list[Part]]:
+    wave = []
+    for part in parts:
+        if part is not None:
+            wave.append(part)
+        # Another process may be waiting for what is claimed here: none is held back for company.
+        if wave and (part is None or len(wave) == _WAVE):
+            yield wave
+            wave = []
+        elif part is None:
+            time.sleep(WAIT_S)
+    if wave:
+        yield wave
 
 
 def _run_wave(

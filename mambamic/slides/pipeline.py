@@ -25,6 +25,7 @@ from mambamic.slides.scorers import Scored, Scorer
 
 _POLL_S = 0.2
 _RESULTS = 8  # parts that wait for the caller
+WAIT_S = 1.0  # for parts that another process has
 REFUSED, NOT_FINITE = "refused", "not_finite"
 _NOT_FINITE = (
     "the model's probabilities for this tile are not finite: see whether its weights are damaged, "
@@ -125,12 +126,13 @@ class PartScores:
 
 
 def run_parts(
-    parts: Iterator[Part], pool: ReaderPool, scorer: Scorer, seconds: Seconds
+    parts: Iterator[Part | None], pool: ReaderPool, scorer: Scorer, seconds: Seconds
 ) -> Generator[PartScores, None, None]:
     """Score parts; they come back when they are done, in an order that may be another.
 
     Args:
-        parts: Taken one by one, in a thread of its own, a little ahead of the scores.
+        parts: Taken one by one, in a thread of its own, a little ahead of the scores; None where
+            there is nothing yet, but may be later.
         pool: The readers.
         scorer: The model.
         seconds: To which the times are added.
@@ -164,10 +166,14 @@ class _Line:
         self._fed = False
         self._failure: BaseException | None = None
 
-    def feed(self, parts: Iterator[Part]) -> None:
+    def feed(self, parts: Iterator[Part | None]) -> None:
         """Give out the batches of all parts."""
         with self._reporting():
             for part in parts:
+                if part is None:
+                    if self.stop.wait(WAIT_S):
+                        return
+                    continue
                 places = part.places()
                 result = PartScores.blank(part, len(self._scorer.facts.classes))
                 with self._lock:
