@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
+from mambamic.preprocess import Pixels
 from mambamic.slides.claims import claim
 from mambamic.slides.finish import Finish
 from mambamic.slides.inputs import SlideInput
@@ -14,7 +16,9 @@ from mambamic.slides.inspection import Inspection, inspect
 from mambamic.slides.pipeline import Part, PartScores, run_parts
 from mambamic.slides.pool import ReaderPool
 from mambamic.slides.run import Run, Task
+from mambamic.slides.scorers import Scored
 from mambamic.slides.settings import Settings
+from mambamic.slides.worker import score_here
 
 from .slide_files import blobs, write_slide
 from .test_slides_pipeline import Brightness
@@ -67,3 +71,24 @@ def test_a_run_waits_for_what_another_has_and_does_it_when_that_dies(
         run.score(stages, {})
     assert run.tiles == 1536
     assert [entry["status"] for entry in run.write_record()] == ["ok"]
+
+
+def test_as_many_batches_are_scored_at_a_time_as_the_model_takes(
+    tmp_path: Path, seen: Inspection
+) -> None:
+    class Meeting(Brightness):
+        """Each call waits until there are four."""
+
+        batch, threads = 16, 4
+
+        def __init__(self) -> None:
+            super().__init__()
+            self._met = threading.Barrier(4, timeout=10)
+
+        def score(self, tiles: Pixels | Sequence[bytes]) -> Scored:
+            self._met.wait()
+            return super().score(tiles)
+
+    run = _run(tmp_path, seen)
+    score_here(run, Meeting(), readers=1)
+    assert run.tiles == 1536

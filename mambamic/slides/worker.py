@@ -49,7 +49,7 @@ def score_here(run: Run, scorer: Scorer, readers: int) -> None:
     """
     try:
         size = scorer.facts.preprocess.input_size
-        with ReaderPool(readers, scorer.batch, size) as pool:
+        with ReaderPool(readers, scorer.batch, size, scorer.threads) as pool:
             run.score(
                 lambda parts: run_parts(parts, pool, scorer, run.seconds),
                 scorer.describe(),
