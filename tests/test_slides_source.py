@@ -82,3 +82,12 @@ def test_an_overview_of_a_pyramid_shows_the_whole(tmp_path: Path) -> None:
     assert overview.pixels.shape == (256, 512, 3)
     dark = np.argwhere(overview.pixels[..., 1] < 160)
     assert np.abs(dark.mean(axis=0) - (1000 / 16, 6000 / 16)).max() < 2
+
+
+def test_a_slide_that_vanishes_during_its_overview_says_so(data_dir: Path, tmp_path: Path) -> None:
+    path = tmp_path / "s.svs"
+    path.write_bytes((data_dir / "slides" / "CMU-1-Small-Region.corrupt.svs").read_bytes())
+    slide = open_slide(path)
+    path.unlink()
+    with pytest.raises(SlideError, match="is not there"):
+        read_overview(path, slide)
