@@ -133,3 +133,20 @@ def test_a_tile_is_read_by_its_name_whatever_else_comes_and_goes(
     report = TileReader().read(source, plan.places(range(3)), pixels)
     assert [(failure.at, failure.status) for failure in report.failures] == [(0, UNREADABLE)]
     assert [int(tile[5, 5, 0]) for tile in pixels] == [0, 30, 40]
+
+
+def test_one_file_that_cannot_be_read_is_one_row_of_a_set(
+    tmp_path: Path, model: ModelFacts
+) -> None:
+    folder = _coloured(tmp_path / "tiles", {"a.png": 10})
+    (folder / "b.png").symlink_to("/proc/self/mem")  # reading it is an error, for root too
+    settings = _settings(model, own_pixels=True, target_mpp=None)
+    seen = inspect(SlideInput(folder, "t", tiles=True), model, settings)
+    plan = make_plan(seen, settings).plan
+    source = Source(folder, True, 0, 0, model.preprocess)
+    pixels = np.zeros((2, 64, 64, 3), np.uint8)
+    report = TileReader().read(source, plan.places(range(2)), pixels)
+    assert [failure.at for failure in report.failures] == [1]
+    (folder / "b.png").unlink()
+    _coloured(folder, {"b.png": 20})
+    assert inspect(seen.given, model, settings).key != seen.key, "to be scored when it is back"

@@ -95,7 +95,10 @@ class TileSet:
             ) from error
 
     def fingerprint(self) -> str:
-        """Hash the names and sizes of all images, and the content of as many as fit in 64 MiB."""
+        """Hash the names and sizes of all images, and the content of as many as fit in 64 MiB.
+
+        One that cannot be read does not keep the others from being scored.
+        """
         digest, left = hashlib.sha256(), 64 * 2**20
         for name in self.names():
             digest.update(name.encode() + b"\0")
@@ -103,11 +106,14 @@ class TileSet:
                 info = self._archive.getinfo(name)
                 digest.update(f"{info.file_size} {info.CRC}".encode())
                 continue
-            size = (self._path / name).stat().st_size
-            digest.update(str(size).encode())
-            if size <= left:
-                left -= size
-                digest.update((self._path / name).read_bytes())
+            try:
+                size = (self._path / name).stat().st_size
+                content = (self._path / name).read_bytes() if size <= left else b""
+            except OSError:
+                digest.update(b"unreadable")
+                continue
+            left -= len(content)
+            digest.update(str(size).encode() + content)
         return digest.hexdigest()
 
     def close(self) -> None:
