@@ -75,7 +75,7 @@ def test_a_wrong_manifest_is_refused_with_its_line(folder: Path, text: str, said
         find_inputs([], folder / "slides.csv")
 
 
-@pytest.mark.parametrize("named", [[], ["nowhere.svs"], ["no*.svs"]])
+@pytest.mark.parametrize("named", [[], ["nowhere.svs"], ["no*.svs"], ["slides/**.svs"]])
 def test_nothing_to_score_is_an_error(named: list[str]) -> None:
     with pytest.raises(UsageError):
         find_inputs(named)

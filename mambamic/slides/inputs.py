@@ -79,7 +79,14 @@ def _of_path(text: str, path: Path, tiles: bool) -> list[SlideInput]:
             )
         return [SlideInput(file, file.name) for file in files]
     root = Path(path.anchor)
-    matches = [str(match) for match in sorted(root.glob(str(path.relative_to(root))))]
+    try:
+        matches = [str(match) for match in sorted(root.glob(str(path.relative_to(root))))]
+    except ValueError as error:
+        raise UsageError(
+            f"the pattern {text!r} ({error})",
+            "** alone between slashes: slides/**/*.svs",
+            "correct it",
+        ) from error
     if not matches:
         raise UsageError(f"{text!r}", "a file, a folder or a pattern that fits some", _CHECK)
     return [entry for match in matches for entry in _of_path(match, Path(match), tiles)]
