@@ -133,6 +133,7 @@ class Run:
             if isinstance(seen, Inspection)
         ]
         self.seconds = Seconds()
+        self.notes: list[str] = []  # of what went otherwise than asked for, and cost no slide
         self.tiles = 0
         self._planned = 0
         self._started = _now()
@@ -336,6 +337,7 @@ class Run:
             "settings": asdict(self.task.settings),
             "tiles_scored_by_this_run": self.tiles,
             "seconds": {"elapsed": time.perf_counter() - self._began, **asdict(self.seconds)},
+            "notes": self.notes,
             "failed": [
                 {"slide": entry["slide"], "path": entry["path"], "reason": entry["reason"]}
                 for entry in entries
