@@ -17,7 +17,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_a_folder_is_searched_and_previews_beside_slides_are_left_out(folder: Path) -> None:
-    found = find_inputs([str(folder)])
+    found, _ = find_inputs([str(folder)])
     assert [entry.path.relative_to(folder).as_posix() for entry in found] == [
         "a.svs",
         "deep/a.svs",
@@ -30,20 +30,21 @@ def test_a_folder_is_searched_and_previews_beside_slides_are_left_out(folder: Pa
 def test_images_alone_are_slides(folder: Path) -> None:
     (folder / "only").mkdir()
     (folder / "only" / "x.png").write_bytes(b"")
-    assert [entry.name for entry in find_inputs([str(folder / "only")])] == ["x.png"]
+    assert [entry.name for entry in find_inputs([str(folder / "only")])[0]] == ["x.png"]
 
 
 def test_patterns_and_doubles(folder: Path) -> None:
-    found = find_inputs(
+    found, left_out = find_inputs(
         [str(folder / "deep" / "*.svs"), str(folder / "deep"), str(folder / "a.svs")]
     )
     assert len(found) == 3
+    assert left_out == [], "nothing is lost"
 
 
 def test_a_zip_is_a_set_of_tiles_and_a_folder_where_asked(folder: Path) -> None:
     (folder / "t.zip").write_bytes(b"")
-    assert find_inputs([str(folder / "t.zip")])[0].tiles
-    (only,) = find_inputs([str(folder / "deep")], tiles=True)
+    assert find_inputs([str(folder / "t.zip")])[0][0].tiles
+    ((only,), _) = find_inputs([str(folder / "deep")], tiles=True)
     assert only.tiles
     assert only.path == folder / "deep"
 
@@ -53,10 +54,10 @@ def test_a_manifest_states_mpp_mask_and_id(folder: Path) -> None:
     table.write_text(
         "path,mpp,mask,id,donor\na.svs,0.25,deep/preview.png,first,7\ndeep/b.tiff,,,,8\n"
     )
-    first, second = find_inputs([str(folder / "a.svs")], table)
+    (first, second), _ = find_inputs([str(folder / "a.svs")], table)
     assert (first.name, first.mpp, first.mask) == ("first", 0.25, folder / "deep/preview.png")
     assert (second.name, second.mpp, second.mask) == ("b.tiff", None, None)
-    assert find_inputs([str(table)]) == [first, second]
+    assert find_inputs([str(table)]) == ([first, second], [])
 
 
 @pytest.mark.parametrize(
@@ -79,3 +80,24 @@ def test_a_wrong_manifest_is_refused_with_its_line(folder: Path, text: str, said
 def test_nothing_to_score_is_an_error(named: list[str]) -> None:
     with pytest.raises(UsageError):
         find_inputs(named)
+
+
+def test_a_manifest_wins_over_a_bare_path_in_whichever_order(folder: Path) -> None:
+    (folder / "slides.csv").write_text("path,id\na.svs,first\n")
+    named = [str(folder / "slides.csv"), str(folder)]
+    for order in (named, named[::-1]):
+        found, left_out = find_inputs(order)
+        assert sorted(entry.name for entry in found) == ["a.svs", "b.tiff", "first"]
+        assert left_out == []
+
+
+def test_one_slide_with_two_masks_is_two_inputs(folder: Path) -> None:
+    table = folder / "slides.csv"
+    rows = "path,id,mask,mpp\na.svs,one,deep/preview.png,\na.svs,two,,\na.svs,three,,0.5\n"
+    table.write_text(rows + "a.svs,four,,0.5\n")
+    found, (left_out,) = find_inputs([str(table)])
+    assert [entry.name for entry in found] == ["one", "two", "three"]
+    assert left_out == "four: left out, it is three with the same mask and mpp"
+    table.write_text("path,mpp\na.svs,0.5\na.svs,0.25\n")
+    with pytest.raises(UsageError, match="add a column id"):
+        find_inputs([str(table)])

@@ -89,7 +89,7 @@ def test_all_slides_without_microns_are_named_at_once(
     with pytest.raises(ResolutionError, match=r"one: .*; two: "):
         inspect_all(inputs, model, _settings(model))
     own = _settings(model, own_pixels=True, target_mpp=None)
-    assert all(isinstance(seen, Inspection) for seen in inspect_all(inputs, model, own))
+    assert all(isinstance(seen, Inspection) for seen in inspect_all(inputs, model, own)[0])
 
 
 def test_what_cannot_be_opened_is_a_refusal_and_twins_are_one(
@@ -97,13 +97,15 @@ def test_what_cannot_be_opened_is_a_refusal_and_twins_are_one(
 ) -> None:
     (tmp_path / "broken.svs").write_bytes(b"no slide")
     inputs = [SlideInput(tmp_path / "broken.svs", "b"), SlideInput(slide, "s")]
-    refused, seen = inspect_all(inputs, model, _settings(model))
+    (refused, seen), _ = inspect_all(inputs, model, _settings(model))
     assert isinstance(refused, Refusal)
     assert isinstance(seen, Inspection)
     own = _settings(model, own_pixels=True, target_mpp=None)
-    dicom = find_inputs([str(data_dir / "slides" / "op_boxes_*.dcm")])
+    dicom, _ = find_inputs([str(data_dir / "slides" / "op_boxes_*.dcm")])
     assert len(dicom) == 2
-    assert len(inspect_all(dicom, model, own)) == 1, "DICOM has a file per level"
+    levels, left_out = inspect_all(dicom, model, own)
+    assert len(levels) == 1, "DICOM has a file per level"
+    assert left_out == []
 
 
 def test_a_coarse_slide_is_said_to_be_enlarged(slide: Path, model: ModelFacts) -> None:
@@ -150,3 +152,14 @@ def test_one_file_that_cannot_be_read_is_one_row_of_a_set(
     (folder / "b.png").unlink()
     _coloured(folder, {"b.png": 20})
     assert inspect(seen.given, model, settings).key != seen.key, "to be scored when it is back"
+
+
+def test_a_copy_of_the_same_name_is_left_out_with_a_line(
+    tmp_path: Path, slide: Path, model: ModelFacts
+) -> None:
+    copy = tmp_path / slide.name
+    copy.write_bytes(slide.read_bytes())
+    inputs, _ = find_inputs([str(slide), str(copy)])
+    seen, (line,) = inspect_all(inputs, model, _settings(model))
+    assert len(seen) == 1
+    assert line == f"{copy}: left out, it is a copy of {slide}"

@@ -85,12 +85,12 @@ def score_slides(call: Call) -> Outcome:
         call.model, call.device, call.dtype, call.embeddings, call.head, call.trust
     )
     facts = choice.facts()
-    inputs = find_inputs(call.inputs, call.manifest, tiles=call.tiles)
+    inputs, left_out = find_inputs(call.inputs, call.manifest, tiles=call.tiles)
     settings = _settings(call, facts, only_tiles=all(given.tiles for given in inputs))
-    slides = inspect_all(inputs, facts, settings)
+    slides, copies = inspect_all(inputs, facts, settings)
     if call.dry_run:
         lines, all_well = plan_lines(slides, settings, facts)
-        return Outcome(lines, [], 0 if all_well else 1)
+        return Outcome(lines, [*left_out, *copies], 0 if all_well else 1)
     # Before anything is written, and before the first of several fails for want of the last.
     devices = device_names(call.device, call.devices) if call.devices > 1 else []
     _make_folder(call.out)
@@ -103,6 +103,7 @@ def score_slides(call: Call) -> Outcome:
             bar.update(done)
 
         run = Run(Task(call.out, settings, finish, call.command, progress), slides, facts)
+        run.notes += [*left_out, *copies]
         try:
             try:
                 _score(call, choice, run, devices)

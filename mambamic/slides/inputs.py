@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mambamic.errors import UsageError
@@ -29,6 +30,7 @@ class SlideInput:
         mpp: Microns per pixel from the manifest.
         mask: A tissue mask from the manifest: an image or GeoJSON.
         tiles: Whether every image in ``path`` is one tile.
+        listed: Whether a manifest names it.
     """
 
     path: Path
@@ -36,18 +38,25 @@ class SlideInput:
     mpp: float | None = None
     mask: Path | None = None
     tiles: bool = False
+    listed: bool = False
 
 
 def find_inputs(
     named: Sequence[str], manifest: Path | None = None, *, tiles: bool = False
-) -> list[SlideInput]:
+) -> tuple[list[SlideInput], list[str]]:
     """List what is to be scored, in the order in which it was named.
+
+    A slide that is named twice is there once, as its manifest states it; with several masks or
+    microns per pixel it is there as often.
 
     Args:
         named: Files, folders (searched through all levels), patterns such as ``slides/*.svs``, or
             manifests ending in ``.csv``.
         manifest: A further manifest.
         tiles: Take folders as sets of tiles. ZIP archives always are.
+
+    Returns:
+        The inputs, and a line for each that is left out although it has an id of its own.
 
     Raises:
         UsageError: Nothing is there, a manifest is wrong, or two inputs have the same id.
@@ -100,22 +109,35 @@ def _slides_in(folder: Path) -> list[Path]:
     return slides or [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
 
 
-def _distinct(found: Iterable[SlideInput]) -> list[SlideInput]:
-    by_path: dict[Path, SlideInput] = {}
+def _distinct(found: Sequence[SlideInput]) -> tuple[list[SlideInput], list[str]]:
+    listed = {entry.path.resolve() for entry in found if entry.listed}
+    kept: dict[tuple[Path, Path | None, float | None], SlideInput] = {}
+    left_out = []
     for entry in found:
-        # What a manifest states wins over a bare path.
-        known = by_path.get(entry.path.resolve())
-        if known is None or (known.mpp is None and known.mask is None):
-            by_path[entry.path.resolve()] = entry
-    entries = list(by_path.values())
-    names = [entry.name for entry in entries]
-    # Of the same name in different folders: told apart by as much of the path as needed.
-    return [
-        SlideInput(
-            e.path, str(e.path) if names.count(e.name) > 1 else e.name, e.mpp, e.mask, e.tiles
-        )
-        for e in entries
-    ]
+        path = entry.path.resolve()
+        if path in listed and not entry.listed:
+            continue
+        mask = None if entry.mask is None else entry.mask.resolve()
+        first = kept.setdefault((path, mask, entry.mpp), entry)
+        if first.name != entry.name:
+            left_out.append(
+                f"{entry.name}: left out, it is {first.name} with the same mask and mpp"
+            )
+    return _told_apart(list(kept.values())), left_out
+
+
+def _told_apart(entries: Sequence[SlideInput]) -> list[SlideInput]:
+    """Call those of one name by their paths, which differ unless masks or microns do."""
+    names = Counter(entry.name for entry in entries)
+    apart = [replace(e, name=str(e.path)) if names[e.name] > 1 else e for e in entries]
+    for name, count in Counter(entry.name for entry in apart).items():
+        if count > 1:
+            raise UsageError(
+                f"{name!r}, {count} times with different masks or microns per pixel",
+                "an id for each",
+                "add a column id to the manifest",
+            )
+    return apart
 
 
 def read_manifest(path: Path) -> list[SlideInput]:
@@ -178,4 +200,4 @@ def _entry(manifest: Path, line: int, row: dict[str, str]) -> SlideInput:
             ) from error
     tiles = slide.is_dir() or slide.suffix.lower() == ".zip"
     mask = file("mask") if text("mask") else None
-    return SlideInput(slide, text("id") or slide.name, mpp, mask, tiles)
+    return SlideInput(slide, text("id") or slide.name, mpp, mask, tiles, listed=True)

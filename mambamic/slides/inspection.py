@@ -77,8 +77,11 @@ class Refusal:
 
 def inspect_all(
     inputs: Sequence[SlideInput], model: ModelFacts, settings: Settings
-) -> list[Inspection | Refusal]:
+) -> tuple[list[Inspection | Refusal], list[str]]:
     """Open every slide once, several at a time.
+
+    Returns:
+        What they are, and a line for each that is left out as the copy of another.
 
     Raises:
         ResolutionError: Slides whose resolution is needed and unknown; all of them are named, and
@@ -179,17 +182,26 @@ def _key(
     return hashlib.sha256(json.dumps(ingredients, sort_keys=True).encode()).hexdigest()
 
 
-def _without_twins(outcomes: Sequence[Inspection | Refusal]) -> list[Inspection | Refusal]:
+def _without_twins(
+    outcomes: Sequence[Inspection | Refusal],
+) -> tuple[list[Inspection | Refusal], list[str]]:
     """Leave out what is the same slide again: DICOM has a file per level, and copies happen."""
-    seen: set[str] = set()
+    seen: dict[tuple[object, ...], Inspection] = {}
     kept: list[Inspection | Refusal] = []
+    left_out = []
     for outcome in outcomes:
-        if isinstance(outcome, Inspection):
-            info = outcome.info
-            dicom = info is not None and info.format == "dicom" and info.quickhash is not None
-            identity = f"{info.quickhash}" if dicom and info is not None else outcome.folder
-            if identity in seen:
-                continue
-            seen.add(identity)
-        kept.append(outcome)
-    return kept
+        if isinstance(outcome, Refusal):
+            kept.append(outcome)
+            continue
+        info, given = outcome.info, outcome.given
+        dicom = info is not None and info.format == "dicom" and info.quickhash is not None
+        # By its own name a copy would have the folder of the first.
+        identity: tuple[object, ...] = (outcome.folder,)
+        if dicom and info is not None:
+            identity = (info.quickhash, outcome.mask, outcome.resolution.mpp)
+        first = seen.setdefault(identity, outcome)
+        if first is outcome:
+            kept.append(outcome)
+        elif not dicom:
+            left_out.append(f"{given.path}: left out, it is a copy of {first.given.path}")
+    return kept, left_out
