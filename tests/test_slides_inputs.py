@@ -101,3 +101,21 @@ def test_one_slide_with_two_masks_is_two_inputs(folder: Path) -> None:
     table.write_text("path,mpp\na.svs,0.5\na.svs,0.25\n")
     with pytest.raises(UsageError, match="add a column id"):
         find_inputs([str(table)])
+
+
+def test_results_that_lie_among_the_slides_are_not_scored(folder: Path) -> None:
+    """Neither those that are done, nor those of a run that was killed while it planned."""
+    before, _ = find_inputs([str(folder)])
+    for name, mark in (("one-12345678", "job.json"), ("two-12345678", ".locks/plan")):
+        results = folder / "scores" / name
+        (results / mark).parent.mkdir(parents=True)
+        (results / mark).write_bytes(b"")
+        for picture in ("overview.jpg", "heatmap.tif"):
+            (results / picture).write_bytes(b"")
+    assert find_inputs([str(folder)])[0] == before
+    assert find_inputs([str(folder / "*" / "*" / "*"), str(folder)])[0] == before
+    shell = [str(path) for path in sorted(folder.iterdir()) if not path.name.startswith(".")]
+    assert len(find_inputs(shell)[0]) == len(before)
+    assert find_inputs([str(folder / "[!.]*")])[0] == find_inputs(shell)[0]
+    with pytest.raises(UsageError, match="no slides"):
+        find_inputs([str(folder / "scores")])

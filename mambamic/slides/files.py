@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+# What a slide's folder of results holds: the first from the start, the second once it is planned.
+LOCKS, JOB = ".locks", "job.json"
 _MARK = ".tmp-"
 
 
@@ -47,6 +49,11 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
+
+
+def is_results(folder: Path) -> bool:
+    """Tell whether a folder is one of a slide's results, whose pictures are none to be scored."""
+    return (folder / JOB).is_file() or (folder / LOCKS).is_dir()
 
 
 def sweep(folder: Path) -> None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import csv
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mambamic.errors import UsageError
+from mambamic.slides.files import is_results
 
 # What OpenSlide and TiffSlide read, then plain images. A folder is searched for these.
 SLIDE_SUFFIXES = frozenset(
@@ -50,8 +51,8 @@ def find_inputs(
     microns per pixel it is there as often.
 
     Args:
-        named: Files, folders (searched through all levels), patterns such as ``slides/*.svs``, or
-            manifests ending in ``.csv``.
+        named: Files, folders (searched through all levels, without results that lie there),
+            patterns such as ``slides/*.svs``, or manifests ending in ``.csv``.
         manifest: A further manifest.
         tiles: Take folders as sets of tiles. ZIP archives always are.
 
@@ -80,7 +81,7 @@ def _of_path(text: str, path: Path, tiles: bool) -> list[SlideInput]:
         return [SlideInput(path, path.name, tiles=tiles or path.suffix.lower() == ".zip")]
     if path.is_dir():
         files = _slides_in(path)
-        if not files:
+        if not files and not any(is_results(folder) for folder in path.iterdir()):
             raise UsageError(
                 f"no slides in the folder {text!r}",
                 "files of a known suffix: " + " ".join(sorted(SLIDE_SUFFIXES | IMAGE_SUFFIXES)),
@@ -89,7 +90,7 @@ def _of_path(text: str, path: Path, tiles: bool) -> list[SlideInput]:
         return [SlideInput(file, file.name) for file in files]
     root = Path(path.anchor)
     try:
-        matches = [str(match) for match in sorted(root.glob(str(path.relative_to(root))))]
+        matches = sorted(root.glob(str(path.relative_to(root))))
     except ValueError as error:
         raise UsageError(
             f"the pattern {text!r} ({error})",
@@ -98,15 +99,23 @@ def _of_path(text: str, path: Path, tiles: bool) -> list[SlideInput]:
         ) from error
     if not matches:
         raise UsageError(f"{text!r}", "a file, a folder or a pattern that fits some", _CHECK)
-    return [entry for match in matches for entry in _of_path(match, Path(match), tiles)]
+    matches = [match for match in without_results(matches) if not is_results(match)]
+    return [entry for match in matches for entry in _of_path(str(match), match, tiles)]
 
 
 def _slides_in(folder: Path) -> list[Path]:
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    files = without_results(path for path in folder.rglob("*") if path.is_file())
     files = [path for path in files if not path.name.startswith(".")]
     slides = [path for path in files if path.suffix.lower() in SLIDE_SUFFIXES]
     # Pictures that lie beside slides are mostly previews of them, and these are not scored twice.
     return slides or [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
+
+
+def without_results(paths: Iterable[Path]) -> list[Path]:
+    """Sort paths, and leave out those in results of this or another run: these show slides too."""
+    found = sorted(paths)
+    results = {folder for folder in {path.parent for path in found} if is_results(folder)}
+    return [path for path in found if path.parent not in results]
 
 
 def _distinct(found: Sequence[SlideInput]) -> tuple[list[SlideInput], list[str]]:

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from PIL import Image
 
-from mambamic.slides.files import fresh, read_json, sweep, write_json
+from mambamic.slides.files import JOB, fresh, read_json, sweep, write_json
 from mambamic.slides.grid import positions
 from mambamic.slides.inspection import Inspection
 from mambamic.slides.overview import Overview, read_overview
@@ -22,8 +22,7 @@ from mambamic.slides.settings import PART, ModelFacts, Settings
 from mambamic.slides.tileset import TileSet
 from mambamic.slides.tissue import Tissue, find_tissue, tissue_fractions
 
-JOB, PLAN = "job.json", "plan.parquet"
-OVERVIEW, TISSUE = "overview.jpg", "tissue.png"
+PLAN, OVERVIEW, TISSUE = "plan.parquet", "overview.jpg", "tissue.png"
 
 
 @dataclass(frozen=True)

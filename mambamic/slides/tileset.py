@@ -10,7 +10,7 @@ from PIL import Image
 
 from mambamic.errors import DecodeError, MambamicError, SlideError, TooLargeError
 from mambamic.images import decode
-from mambamic.slides.inputs import IMAGE_SUFFIXES
+from mambamic.slides.inputs import IMAGE_SUFFIXES, without_results
 
 _SUFFIXES = IMAGE_SUFFIXES | {".tif", ".tiff"}
 _MAX_BYTES = 512 * 2**20  # of one image, expanded
@@ -58,7 +58,7 @@ class TileSet:
     def _files(self) -> list[str]:
         if self._archive is not None:
             return [info.filename for info in self._archive.infolist() if not info.is_dir()]
-        files = (file for file in self._path.rglob("*") if file.is_file())
+        files = without_results(file for file in self._path.rglob("*") if file.is_file())
         return [file.relative_to(self._path).as_posix() for file in files]
 
     def _not_opened(self, error: Exception) -> SlideError:
