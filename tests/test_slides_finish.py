@@ -150,8 +150,11 @@ def test_what_a_dead_process_left_is_swept_away(tmp_path: Path) -> None:
     for pid in (os.getpid(), 2**22 + 1):
         (tmp_path / f".tmp-{socket.gethostname()}-{pid}-0-x").write_text("")
     (tmp_path / ".tmp-another-machine-1-0-x").write_text("")
+    (tmp_path / "tiles.parquet").mkdir()
+    part = f".tmp-{socket.gethostname()}-{2**22 + 1}-0-part-000000.parquet"
+    (tmp_path / "tiles.parquet" / part).write_text("")
     sweep(tmp_path)
-    assert len(list(tmp_path.iterdir())) == 2
+    assert len([path for path in tmp_path.rglob("*") if path.is_file()]) == 2
 
 
 def test_a_claim_is_held_by_one_until_it_is_released(tmp_path: Path) -> None:

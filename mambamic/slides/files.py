@@ -59,7 +59,7 @@ def is_results(folder: Path) -> bool:
 def sweep(folder: Path) -> None:
     """Remove what killed processes of this machine left half-written."""
     mine = f"{_MARK}{socket.gethostname()}-"
-    for path in folder.glob(f"{mine}*"):
+    for path in folder.rglob(f"{mine}*"):
         pid = path.name.removeprefix(mine).partition("-")[0]
         if pid.isdecimal() and not Path(f"/proc/{pid}").exists():
             path.unlink(missing_ok=True)
