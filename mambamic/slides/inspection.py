@@ -23,7 +23,7 @@ from mambamic.slides.source import SlideInfo, open_slide
 from mambamic.slides.tileset import TileSet
 from mambamic.slides.tissue import mask_for
 
-_FORMAT = 1  # of what lies in a slide's folder; part of its key
+_FORMAT = 2  # of what lies in a slide's folder; part of its key
 _THREADS = 8
 
 

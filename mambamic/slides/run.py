@@ -241,7 +241,14 @@ class Run:
             )
         else:
             began = time.perf_counter()
-            write_part(work.folder, result, work.geometry, self.model.classes, self._describe)
+            write_part(
+                work.folder,
+                result,
+                work.geometry,
+                self.model.classes,
+                self._describe,
+                embeddings=self.task.settings.embeddings,
+            )
             self.seconds.write += time.perf_counter() - began
             self.tiles += len(result.status)
         lock.release()
