@@ -9,6 +9,7 @@ from PIL import Image
 
 from mambamic.slides.inputs import SlideInput, find_inputs
 from mambamic.slides.inspection import Inspection, Refusal, inspect, inspect_all
+from mambamic.slides.models import ModelChoice
 from mambamic.slides.plan import make_plan, read_plan, write_plan
 from mambamic.slides.read import UNREADABLE, Source, TileReader
 from mambamic.slides.resolution import ResolutionError
@@ -75,8 +76,13 @@ def test_the_key_is_of_content_model_and_settings(
         key(tissue="none"),
         key(min_tissue=0.2),
         key(embeddings=True),
+        key(own_pixels=True, target_mpp=None),
+        key(own_pixels=True, target_mpp=None, mpp=0.3),
+        key(facts=ModelChoice(random_checkpoint, dtype="float16").facts()),
     }
-    assert len(keys) == 10
+    assert len(keys) == 13
+    assert key(facts=ModelChoice(random_checkpoint).facts()) == key()
+    assert key(mpp=0.25) == key(), "whoever says so"
 
 
 def test_all_slides_without_microns_are_named_at_once(

@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -175,7 +175,8 @@ def _key(
         "part": PART,
         "content": content,
         "model": model.identity,
-        "mpp": asdict(resolution) if settings.target_mpp else None,
+        # It is in the table even where tiles are laid out in pixels; whose word it is is not.
+        "mpp": resolution.mpp,
         "tissue": tissue,
         **settings.as_json(),
     }
