@@ -18,6 +18,7 @@ from mambamic.slides.pool import ReaderPool
 from mambamic.slides.run import Run, Task
 from mambamic.slides.scorers import Scored
 from mambamic.slides.settings import Settings
+from mambamic.slides.table import part_path
 from mambamic.slides.worker import score_here
 
 from .slide_files import blobs, write_slide
@@ -92,3 +93,13 @@ def test_as_many_batches_are_scored_at_a_time_as_the_model_takes(
     run = _run(tmp_path, seen)
     score_here(run, Meeting(), readers=1)
     assert run.tiles == 1536
+
+
+def test_progress_is_of_what_is_left_to_do(tmp_path: Path, seen: Inspection) -> None:
+    told: list[tuple[int, int]] = []
+    score_here(_run(tmp_path, seen), Brightness(), readers=1)
+    part_path(tmp_path / seen.folder, 1).unlink()
+    run = _run(tmp_path, seen)
+    run.task.progress = lambda done, planned: told.append((done, planned))
+    score_here(run, Brightness(), readers=1)
+    assert told == [(512, 512)]

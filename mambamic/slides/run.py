@@ -198,7 +198,8 @@ class Run:
                         write_plan(work.folder, work.seen, planned, self.model)
                         plan = planned.plan
             work.plan = plan
-            self._planned += len(plan)
+            there = (plan.part(number) for number in written(work.folder, plan.parts))
+            self._planned += len(plan) - sum(rows.stop - rows.start for rows in there)
         except MambamicError as error:
             work.failure = error
 
