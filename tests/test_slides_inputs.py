@@ -7,6 +7,9 @@ import pytest
 from mambamic.errors import UsageError
 from mambamic.slides.inputs import find_inputs
 
+from .slide_files import blobs, write_slide
+from .test_slides_score import score
+
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
@@ -119,3 +122,13 @@ def test_results_that_lie_among_the_slides_are_not_scored(folder: Path) -> None:
     assert find_inputs([str(folder / "[!.]*")])[0] == find_inputs(shell)[0]
     with pytest.raises(UsageError, match="no slides"):
         find_inputs([str(folder / "scores")])
+
+
+def test_what_is_left_out_is_said(random_checkpoint: Path, tmp_path: Path) -> None:
+    first, copy = (tmp_path / folder / "s.tiff" for folder in "ab")
+    for path in (first, copy):
+        path.parent.mkdir()
+        write_slide(path, (512, 512), 1, blobs([(250, 250, 100)]))
+    planned = score(tmp_path, "--model", random_checkpoint, "--out", "x", "--tile-px", "--dry-run")
+    assert planned.returncode == 0, planned.stderr
+    assert planned.stderr.splitlines() == [f"{copy}: left out, it is a copy of {first}"]

@@ -337,16 +337,6 @@ def test_a_slide_without_microns_stops_the_plan(
     assert not (tmp_path / "out").exists()
 
 
-def test_what_is_left_out_is_said(slide: Path, random_checkpoint: Path, tmp_path: Path) -> None:
-    first, copy = tmp_path / "a" / slide.name, tmp_path / "b" / slide.name
-    for path in (first, copy):
-        path.parent.mkdir()
-        path.write_bytes(slide.read_bytes())
-    planned = score(tmp_path, "--model", random_checkpoint, "--out", "x", "--tile-px", "--dry-run")
-    assert planned.returncode == 0, planned.stderr
-    assert planned.stderr.splitlines() == [f"{copy}: left out, it is a copy of {first}"]
-
-
 def test_a_model_without_a_resolution_asks_for_one(
     slide: Path, random_checkpoint: Path, tmp_path: Path
 ) -> None:
