@@ -88,7 +88,8 @@ class PartScores:
     @classmethod
     def blank(cls, part: Part, classes: int) -> PartScores:
         """Return those of a part of which nothing is scored yet."""
-        count = len(part.places())
+        rows = part.plan.part(part.number)
+        count = rows.stop - rows.start
         scores = np.full((count, classes), np.nan, np.float32)
         return cls(part, scores, status=[OK] * count, missing=count)
 

@@ -31,9 +31,9 @@ from mambamic.slides.scorers import Scored
 from mambamic.slides.settings import ModelFacts
 
 _TOLERANCE = 0.02  # a server may compute in half precision, which differs by less
-# Nothing is lost by giving up at the start, and a wrong address should show; a run of hours
-# outlasts a restart of the server.
-_AT_FIRST, _UNDER_WAY = Patience(overall=15), Patience(overall=900)
+# At first nothing is lost, and a wrong address should show: no longer than a server takes to start.
+# A run of hours outlasts a restart.
+_AT_FIRST, _UNDER_WAY = Patience(overall=30), Patience(overall=900)
 _OF_THE_IMAGE = (DecodeError, TooLargeError, MediaTypeError)
 # The server's own trouble, which passes: no word about the image.
 _PASSING = (

@@ -206,8 +206,11 @@ class Run:
     def _free_parts(self, work: SlideWork) -> Iterator[Part]:
         """Give out the parts of a slide that are missing and that nobody has."""
         plan = work.plan
+        if plan is None or work.given_out:
+            work.given_out = True
+            return
         theirs = False
-        for number in range(0 if plan is None or work.given_out else plan.parts):
+        for number in range(plan.parts):
             if work.failure is not None:
                 break
             # In this order: what leaves the set is written by then.
@@ -219,7 +222,6 @@ class Run:
             elif part_path(work.folder, number).exists():
                 lock.release()
             else:
-                assert plan is not None
                 work.under_way.add(number)
                 yield Part(work.source(self.model, self._encoded), plan, number, (work, lock))
         work.given_out = work.failure is not None or not theirs
