@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -18,8 +19,12 @@ from mambamic.slides.worker import device_names, score_on_devices
 from .slide_files import blobs, write_slide
 
 
-def test_devices_are_those_from_the_named_one_on(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cpu_several_times_needs_no_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "mambamic.engine", None)
     assert device_names("cpu", 3) == ["cpu"] * 3
+
+
+def test_devices_are_those_from_the_named_one_on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     assert device_names("auto", 3) == device_names("cuda", 3) == ["cuda:0", "cuda:1", "cuda:2"]

@@ -39,7 +39,8 @@ def device_names(device: str, count: int) -> list[str]:
         UsageError: Not such a name.
         BackendError: There are not so many GPUs here.
     """
-    if device == "auto" and find_spec("torch") is None:  # ONNX Runtime, on the CPU
+    # Without torch, which has a say only in GPUs, it is ONNX Runtime on the CPU.
+    if device == "cpu" or (device == "auto" and find_spec("torch") is None):
         return ["cpu"] * count
     from mambamic.engine import find_device
 
