@@ -82,7 +82,7 @@ def end_to_end(
         with ReaderPool(args.workers, scorer.batch, scorer.facts.preprocess.input_size) as pool:
             began = time.perf_counter()
 
-            def stages(parts: Iterator[Part]) -> Iterator[PartScores]:
+            def stages(parts: Iterator[Part | None]) -> Iterator[PartScores]:
                 nonlocal parts_s
                 yield from run_parts(parts, pool, scorer, run.seconds)
                 parts_s = time.perf_counter() - began

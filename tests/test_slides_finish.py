@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from mambamic.preprocess import Preprocess
@@ -35,10 +36,12 @@ def _table(scores: list[list[float]], bad: tuple[int, ...] = ()) -> pa.Table:
     blank = np.full((count, 2), np.nan, np.float32)
     result = PartScores(part, blank, status=["ok"] * count)
     good = [n for n in range(count) if n not in bad]
-    result.add(good, Scored(np.array([scores[n] for n in good], np.float32), None))
+    if good:
+        probabilities = np.array([scores[n] for n in good], np.float32)
+        result.add(good, Scored(probabilities, probabilities * 2))
     for n in bad:
         result.fail(Failure(n, "unreadable", "no pixels"))
-    return part_table(result, Geometry("s.svs", 100, 1, 0.5), CLASSES)
+    return part_table(result, Geometry("s.svs", 100, 1, 0.5), CLASSES, embeddings=True)
 
 
 def test_objects_are_in_the_schema_that_qupath_documents(tmp_path: Path) -> None:
@@ -150,8 +153,11 @@ def test_what_a_dead_process_left_is_swept_away(tmp_path: Path) -> None:
     for pid in (os.getpid(), 2**22 + 1):
         (tmp_path / f".tmp-{socket.gethostname()}-{pid}-0-x").write_text("")
     (tmp_path / ".tmp-another-machine-1-0-x").write_text("")
+    (tmp_path / "tiles.parquet").mkdir()
+    part = f".tmp-{socket.gethostname()}-{2**22 + 1}-0-part-000000.parquet"
+    (tmp_path / "tiles.parquet" / part).write_text("")
     sweep(tmp_path)
-    assert len(list(tmp_path.iterdir())) == 2
+    assert len([path for path in tmp_path.rglob("*") if path.is_file()]) == 2
 
 
 def test_a_claim_is_held_by_one_until_it_is_released(tmp_path: Path) -> None:
@@ -161,3 +167,13 @@ def test_a_claim_is_held_by_one_until_it_is_released(tmp_path: Path) -> None:
     assert claim(tmp_path, "part-2") is not None
     first.release()
     assert claim(tmp_path, "part-1") is not None
+
+
+def test_parts_have_the_same_columns_with_or_without_a_good_tile(tmp_path: Path) -> None:
+    scores = [[0.9, 0.1], [0.2, 0.8]]
+    some, none = _table(scores, bad=(0,)), _table(scores, bad=(0, 1))
+    assert some.schema.equals(none.schema)
+    for number, part in enumerate((some, none)):
+        pq.write_table(part, tmp_path / f"{number}.parquet")
+    rows = pq.read_table(tmp_path)["embedding"].to_pylist()
+    assert rows == [None, pytest.approx([0.4, 1.6]), None, None]

@@ -115,3 +115,31 @@ def test_who_has_enough_can_leave(slide: Path) -> None:
         results.close()
         done = model.calls
     assert done < 30 * 50
+
+
+def test_scores_that_are_no_numbers_are_failures(slide: Path) -> None:
+    class Overflowing(Brightness):
+        def score(self, tiles: Pixels | Sequence[bytes]) -> Scored:
+            scored = super().score(tiles)
+            scored.probabilities[::3] = np.inf
+            return scored
+
+    with ReaderPool(1, 48, 16) as pool:
+        (result,) = run_parts(iter(_parts(slide)[:1]), pool, Overflowing(), Seconds())
+    bad = [n for n, status in enumerate(result.status) if status != "ok"]
+    assert {result.status[n] for n in bad} == {"not_finite"}
+    assert len(bad) == result.bad == 10 * 16 + 11, "every third of ten batches of 48 and one of 32"
+    assert np.isnan(result.probabilities[bad]).all()
+    assert "not finite" in result.messages[bad[0]]
+
+
+def test_who_waits_for_others_still_hears_of_a_failure(slide: Path) -> None:
+    def waiting() -> Iterator[Part | None]:
+        yield _parts(slide)[0]
+        while True:
+            yield None
+
+    before = threading.active_count()
+    with ReaderPool(1, 48, 16) as pool, pytest.raises(InferenceError, match="the model broke"):
+        list(run_parts(waiting(), pool, Brightness(fail_at=2), Seconds()))
+    assert threading.active_count() == before

@@ -13,8 +13,8 @@ import pytest
 
 from mambamic.preprocess import Preprocess
 from mambamic.slides.grid import lay_out, positions
-from mambamic.slides.pool import DIED, Batch, ReaderPool
-from mambamic.slides.read import Place, Source, TileReader
+from mambamic.slides.pool import Batch, ReaderPool
+from mambamic.slides.read import DIED, Place, Source, TileReader
 from mambamic.slides.source import open_slide
 
 from .slide_files import blobs, write_slide

@@ -226,11 +226,12 @@ def test_devices_that_are_not_here_are_a_failure(
     slide: Path, random_checkpoint: Path, tmp_path: Path
 ) -> None:
     done = score(
-        slide, "--model", random_checkpoint, "--out", tmp_path, *LAYOUT,
+        slide, "--model", random_checkpoint, "--out", tmp_path / "out", *LAYOUT,
         "--device", "cuda:7", "--devices", 9,
     )  # fmt: skip
     assert done.returncode == 1
     assert "is not here" in done.stderr
+    assert not (tmp_path / "out").exists(), "nothing was begun"
 
 
 def test_where_nothing_can_be_read_nothing_is_written_down(

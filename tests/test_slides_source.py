@@ -49,14 +49,51 @@ def test_what_openslide_does_not_read_tiffslide_does(tmp_path: Path) -> None:
     slide.close()
 
 
-def test_an_image_that_calls_itself_a_label_is_not_read(tmp_path: Path) -> None:
+_OME = """<?xml version="1.0"?><OME><Image ID="Image:0" Name="{}"><Pixels/></Image>
+<Image ID="Image:1" Name="label image"><Pixels/></Image></OME>"""
+
+
+@pytest.mark.parametrize("tile", [None, (256, 256)])
+@pytest.mark.parametrize("name", ["x.tif", "x.svs", "x.png"])
+@pytest.mark.parametrize(
+    ("description", "private"),
+    [
+        ("Label_Image of a slide", True),
+        ("the macro", True),
+        (_OME.format("macro image"), True),
+        (_OME.format("slide 7"), False),
+        ("a slide", False),
+        ("", False),
+    ],
+)
+def test_an_image_that_calls_itself_a_label_is_not_read(
+    tile: tuple[int, int] | None, name: str, description: str, private: bool, tmp_path: Path
+) -> None:
+    """Tiled it is one that OpenSlide reads, else TiffSlide or Pillow."""
     import tifffile
 
-    label = np.full((300, 400, 3), 9, np.uint8)
-    file = tmp_path / "x.tif"
-    tifffile.imwrite(file, label, photometric="rgb", description="Label_Image of a slide")
-    with pytest.raises(SlideError, match="label"):
-        open_slide(file)
+    pixels = np.full((300, 400, 3), 9, np.uint8)
+    tifffile.imwrite(tmp_path / name, pixels, photometric="rgb", tile=tile, description=description)
+    if private:
+        with pytest.raises(SlideError, match="may be the image of a label"):
+            open_slide(tmp_path / name)
+    else:
+        open_slide(tmp_path / name).close()
+
+
+def test_a_vendors_own_format_may_speak_of_labels(tmp_path: Path) -> None:
+    """OpenSlide knows which of its images is which."""
+    path = tmp_path / "s.svs"
+    import tifffile
+
+    pixels = np.full((300, 400, 3), 9, np.uint8)
+    tifffile.imwrite(
+        path, pixels, photometric="rgb", tile=(256, 256), metadata=None,
+        description="Aperio Image Library v11\r\n400x300 [label of the block]|AppMag = 20",
+    )  # fmt: skip
+    slide = open_slide(path)
+    assert slide.info.format == "aperio"
+    slide.close()
 
 
 def test_a_plain_image_is_decoded_as_the_server_does(tmp_path: Path) -> None:
@@ -82,3 +119,12 @@ def test_an_overview_of_a_pyramid_shows_the_whole(tmp_path: Path) -> None:
     assert overview.pixels.shape == (256, 512, 3)
     dark = np.argwhere(overview.pixels[..., 1] < 160)
     assert np.abs(dark.mean(axis=0) - (1000 / 16, 6000 / 16)).max() < 2
+
+
+def test_a_slide_that_vanishes_during_its_overview_says_so(data_dir: Path, tmp_path: Path) -> None:
+    path = tmp_path / "s.svs"
+    path.write_bytes((data_dir / "slides" / "CMU-1-Small-Region.corrupt.svs").read_bytes())
+    slide = open_slide(path)
+    path.unlink()
+    with pytest.raises(SlideError, match="is not there"):
+        read_overview(path, slide)

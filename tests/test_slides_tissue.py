@@ -77,7 +77,21 @@ def test_geojson_is_drawn_with_its_holes_from_the_corner_of_the_bounds(
     assert mask.sum() == pytest.approx(40 * 30 - 10 * 10, rel=0.1)
 
 
-@pytest.mark.parametrize("text", ["{", "{}", '{"type": "Point", "coordinates": [1, 2]}', "[1]"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{",
+        "{}",
+        "[1]",
+        "[" * 100_000,
+        '{"type": "Point", "coordinates": [1, 2]}',
+        '{"type": "Polygon", "coordinates": []}',
+        '{"type": "Polygon", "coordinates": [[]]}',
+        '{"type": "Polygon", "coordinates": [[[1, 1], [2, 2]]]}',
+        '{"type": "Polygon", "coordinates": [[[0, 0], [9, 0], [9, 9]], [[1, 1]]]}',
+        '{"type": "Polygon", "coordinates": [[[NaN, 0], [9, 0], [9, 9]]]}',
+    ],
+)
 def test_geojson_without_areas_is_refused(tmp_path: Path, slide: np.ndarray, text: str) -> None:
     (tmp_path / "a.geojson").write_text(text)
     with pytest.raises(UsageError, match="GeoJSON with polygons"):

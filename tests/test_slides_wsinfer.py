@@ -155,3 +155,23 @@ def test_a_slide_is_scored_with_it_from_end_to_end(tmp_path: Path) -> None:
     opened.close()
     expected = torch.from_numpy(_by_hand(np.asarray(tile)[None], 2)).softmax(1)[0]
     assert row["probability_class 1"] == pytest.approx(float(expected[1]), abs=1e-5)
+
+
+def test_a_model_that_gives_no_numbers_fails_the_slide_and_says_so(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "m")
+    weights = folder / "torchscript_model.pt"
+    module = torch.jit.load(str(weights))
+    with torch.no_grad():
+        module.weight.fill_(float("nan"))
+    torch.jit.save(module, str(weights))
+    slide = write_slide(tmp_path / "s.tiff", (512, 512), 1, blobs([(250, 250, 200)]))
+    done = score(
+        slide, "--model", folder, "--out", tmp_path / "out", "--head", "softmax", "--trust"
+    )
+    assert done.returncode == 1
+    assert "probabilities for this tile are not finite" in done.stderr
+    assert "Traceback" not in done.stderr
+    rows = table(only(tmp_path / "out"))
+    assert set(rows["status"].to_pylist()) == {"not_finite"}
+    assert rows["top_class"].null_count == rows.num_rows
+    assert (only(tmp_path / "out") / "summary.json").is_file()

@@ -85,12 +85,14 @@ def score_slides(call: Call) -> Outcome:
         call.model, call.device, call.dtype, call.embeddings, call.head, call.trust
     )
     facts = choice.facts()
-    inputs = find_inputs(call.inputs, call.manifest, tiles=call.tiles)
+    inputs, left_out = find_inputs(call.inputs, call.manifest, tiles=call.tiles)
     settings = _settings(call, facts, only_tiles=all(given.tiles for given in inputs))
-    slides = inspect_all(inputs, facts, settings)
+    slides, copies = inspect_all(inputs, facts, settings)
     if call.dry_run:
         lines, all_well = plan_lines(slides, settings, facts)
-        return Outcome(lines, [], 0 if all_well else 1)
+        return Outcome(lines, [*left_out, *copies], 0 if all_well else 1)
+    # Before anything is written, and before the first of several fails for want of the last.
+    devices = device_names(call.device, call.devices) if call.devices > 1 else []
     _make_folder(call.out)
     finish = Finish(call.max_bad, call.csv, call.geojson, _shown(call))
     # None: no bar where standard error is not a terminal.
@@ -101,9 +103,10 @@ def score_slides(call: Call) -> Outcome:
             bar.update(done)
 
         run = Run(Task(call.out, settings, finish, call.command, progress), slides, facts)
+        run.notes += [*left_out, *copies]
         try:
             try:
-                _score(call, choice, run)
+                _score(call, choice, run, devices)
             finally:
                 entries = run.write_record()
         except OSError as error:
@@ -112,10 +115,10 @@ def score_slides(call: Call) -> Outcome:
                 "an output folder that can be written to, with room",
                 "see to it and run again: what is done is kept",
             ) from error
-    return _outcome(entries, call.out)
+    return _outcome(entries, call.out, run.notes)
 
 
-def _score(call: Call, choice: ModelChoice, run: Run) -> None:
+def _score(call: Call, choice: ModelChoice, run: Run, devices: Sequence[str]) -> None:
     """Score where the call says: on a server, a cluster, several devices, or here."""
     if call.server is not None:
         from mambamic.slides.remote import ServerScorer
@@ -130,9 +133,8 @@ def _score(call: Call, choice: ModelChoice, run: Run) -> None:
             lambda parts: on_ray.run_parts_on_ray(parts, choice, run.model, models, run.seconds),
             {"ray": call.ray, "models": models},
         )
-    elif call.devices > 1:
-        names = device_names(call.device, call.devices)
-        score_on_devices(run, [replace(choice, device=n) for n in names], _workers(call))
+    elif devices:
+        score_on_devices(run, [replace(choice, device=name) for name in devices], _workers(call))
     else:
         score_here(run, choice.load(), _workers(call))
 
@@ -178,7 +180,7 @@ def _shown(call: Call) -> dict[str, Any]:
     return {"command": call.command, "versions": ", ".join(f"{k} {v}" for k, v in known.items())}
 
 
-def _outcome(entries: Sequence[dict[str, Any]], out: Path) -> Outcome:
+def _outcome(entries: Sequence[dict[str, Any]], out: Path, notes: Sequence[str]) -> Outcome:
     """Return a line per slide, and the failures with their reasons."""
     width = max(len(entry["slide"]) for entry in entries)
     lines = []
@@ -194,4 +196,4 @@ def _outcome(entries: Sequence[dict[str, Any]], out: Path) -> Outcome:
     complaints = [f"{entry['slide']:{width}}  failed: {entry['reason']}" for entry in failed]
     if failed:
         complaints.append(f"{len(failed)} of {len(entries)} slides failed")
-    return Outcome([*lines, str(out / INDEX)], complaints, 1 if failed else 0)
+    return Outcome([*lines, str(out / INDEX)], [*notes, *complaints], 1 if failed else 0)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from filelock import BaseFileLock, FileLock, Timeout
 
-FOLDER = ".locks"
+from mambamic.slides.files import LOCKS
 
 
 def claim(folder: Path, what: str, *, wait: bool = False) -> BaseFileLock | None:
@@ -26,7 +26,7 @@ def claim(folder: Path, what: str, *, wait: bool = False) -> BaseFileLock | None
     Returns:
         The claim, None where another process has it.
     """
-    path = folder / FOLDER
+    path = folder / LOCKS
     path.mkdir(parents=True, exist_ok=True)
     # It is taken in one thread and given back in another.
     lock = FileLock(path / what, thread_local=False)

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from mambamic.errors import MambamicError
 from mambamic.slides.inspection import Inspection, Refusal
 from mambamic.slides.plan import Plan, make_plan
-from mambamic.slides.read import Place, Source, TileReader
+from mambamic.slides.read import Source, TileReader
 from mambamic.slides.settings import ModelFacts, Settings
 
 _SAMPLE = 24  # tiles that are read to tell how long all will take
@@ -98,7 +98,7 @@ def _seconds_per_tile(seen: Inspection, plan: Plan, model: ModelFacts) -> float 
     # Runs of tiles that lie side by side, as they will be read.
     starts = np.linspace(0, max(0, len(plan) - 8), _SAMPLE // 8).astype(int)
     chosen = sorted({n for start in starts for n in range(start, min(start + 8, len(plan)))})
-    places = [Place(at, int(plan.x[n]), int(plan.y[n])) for at, n in enumerate(chosen)]
+    places = plan.places(chosen)
     size = source.preprocess.input_size
     pixels = np.empty((len(places), size, size, 3), np.uint8)
     reader = TileReader()

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+# What a slide's folder of results holds: the first from the start, the second once it is planned.
+LOCKS, JOB = ".locks", "job.json"
 _MARK = ".tmp-"
 
 
@@ -49,10 +51,15 @@ def read_json(path: Path) -> Any:
         return None
 
 
+def is_results(folder: Path) -> bool:
+    """Tell whether a folder is one of a slide's results, whose pictures are none to be scored."""
+    return (folder / JOB).is_file() or (folder / LOCKS).is_dir()
+
+
 def sweep(folder: Path) -> None:
     """Remove what killed processes of this machine left half-written."""
     mine = f"{_MARK}{socket.gethostname()}-"
-    for path in folder.glob(f"{mine}*"):
+    for path in folder.rglob(f"{mine}*"):
         pid = path.name.removeprefix(mine).partition("-")[0]
         if pid.isdecimal() and not Path(f"/proc/{pid}").exists():
             path.unlink(missing_ok=True)

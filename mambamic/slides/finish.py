@@ -17,10 +17,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from mambamic.slides.colours import class_colours
-from mambamic.slides.files import fresh, read_json, write_json
+from mambamic.slides.files import JOB, fresh, read_json, write_json
 from mambamic.slides.geojson import GEOJSON, write_geojson
 from mambamic.slides.maps import TileMap, class_layer, overlay
-from mambamic.slides.plan import JOB, OVERVIEW, Plan, read_plan
+from mambamic.slides.plan import OVERVIEW, Plan, read_plan
 from mambamic.slides.report import Pictures, Shown, write_page
 from mambamic.slides.summary import SUMMARY, Tally, verdict
 from mambamic.slides.table import CSV, PREFIX, TABLE, read_parts, write_csv

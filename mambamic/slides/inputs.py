@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import csv
+from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mambamic.errors import UsageError
+from mambamic.slides.files import is_results
 
 # What OpenSlide and TiffSlide read, then plain images. A folder is searched for these.
 SLIDE_SUFFIXES = frozenset(
@@ -29,6 +31,7 @@ class SlideInput:
         mpp: Microns per pixel from the manifest.
         mask: A tissue mask from the manifest: an image or GeoJSON.
         tiles: Whether every image in ``path`` is one tile.
+        listed: Whether a manifest names it.
     """
 
     path: Path
@@ -36,18 +39,25 @@ class SlideInput:
     mpp: float | None = None
     mask: Path | None = None
     tiles: bool = False
+    listed: bool = False
 
 
 def find_inputs(
     named: Sequence[str], manifest: Path | None = None, *, tiles: bool = False
-) -> list[SlideInput]:
+) -> tuple[list[SlideInput], list[str]]:
     """List what is to be scored, in the order in which it was named.
 
+    A slide that is named twice is there once, as its manifest states it; with several masks or
+    microns per pixel it is there as often.
+
     Args:
-        named: Files, folders (searched through all levels), patterns such as ``slides/*.svs``, or
-            manifests ending in ``.csv``.
+        named: Files, folders (searched through all levels, without results that lie there),
+            patterns such as ``slides/*.svs``, or manifests ending in ``.csv``.
         manifest: A further manifest.
         tiles: Take folders as sets of tiles. ZIP archives always are.
+
+    Returns:
+        The inputs, and a line for each that is left out although it has an id of its own.
 
     Raises:
         UsageError: Nothing is there, a manifest is wrong, or two inputs have the same id.
@@ -71,7 +81,7 @@ def _of_path(text: str, path: Path, tiles: bool) -> list[SlideInput]:
         return [SlideInput(path, path.name, tiles=tiles or path.suffix.lower() == ".zip")]
     if path.is_dir():
         files = _slides_in(path)
-        if not files:
+        if not files and not any(is_results(folder) for folder in path.iterdir()):
             raise UsageError(
                 f"no slides in the folder {text!r}",
                 "files of a known suffix: " + " ".join(sorted(SLIDE_SUFFIXES | IMAGE_SUFFIXES)),
@@ -79,36 +89,64 @@ def _of_path(text: str, path: Path, tiles: bool) -> list[SlideInput]:
             )
         return [SlideInput(file, file.name) for file in files]
     root = Path(path.anchor)
-    matches = [str(match) for match in sorted(root.glob(str(path.relative_to(root))))]
+    try:
+        matches = sorted(root.glob(str(path.relative_to(root))))
+    except ValueError as error:
+        raise UsageError(
+            f"the pattern {text!r} ({error})",
+            "** alone between slashes: slides/**/*.svs",
+            "correct it",
+        ) from error
     if not matches:
         raise UsageError(f"{text!r}", "a file, a folder or a pattern that fits some", _CHECK)
-    return [entry for match in matches for entry in _of_path(match, Path(match), tiles)]
+    matches = [match for match in without_results(matches) if not is_results(match)]
+    return [entry for match in matches for entry in _of_path(str(match), match, tiles)]
 
 
 def _slides_in(folder: Path) -> list[Path]:
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    files = without_results(path for path in folder.rglob("*") if path.is_file())
     files = [path for path in files if not path.name.startswith(".")]
     slides = [path for path in files if path.suffix.lower() in SLIDE_SUFFIXES]
     # Pictures that lie beside slides are mostly previews of them, and these are not scored twice.
     return slides or [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
 
 
-def _distinct(found: Iterable[SlideInput]) -> list[SlideInput]:
-    by_path: dict[Path, SlideInput] = {}
+def without_results(paths: Iterable[Path]) -> list[Path]:
+    """Sort paths, and leave out those in results of this or another run: these show slides too."""
+    found = sorted(paths)
+    results = {folder for folder in {path.parent for path in found} if is_results(folder)}
+    return [path for path in found if path.parent not in results]
+
+
+def _distinct(found: Sequence[SlideInput]) -> tuple[list[SlideInput], list[str]]:
+    listed = {entry.path.resolve() for entry in found if entry.listed}
+    kept: dict[tuple[Path, Path | None, float | None], SlideInput] = {}
+    left_out = []
     for entry in found:
-        # What a manifest states wins over a bare path.
-        known = by_path.get(entry.path.resolve())
-        if known is None or (known.mpp is None and known.mask is None):
-            by_path[entry.path.resolve()] = entry
-    entries = list(by_path.values())
-    names = [entry.name for entry in entries]
-    # Of the same name in different folders: told apart by as much of the path as needed.
-    return [
-        SlideInput(
-            e.path, str(e.path) if names.count(e.name) > 1 else e.name, e.mpp, e.mask, e.tiles
-        )
-        for e in entries
-    ]
+        path = entry.path.resolve()
+        if path in listed and not entry.listed:
+            continue
+        mask = None if entry.mask is None else entry.mask.resolve()
+        first = kept.setdefault((path, mask, entry.mpp), entry)
+        if first.name != entry.name:
+            left_out.append(
+                f"{entry.name}: left out, it is {first.name} with the same mask and mpp"
+            )
+    return _told_apart(list(kept.values())), left_out
+
+
+def _told_apart(entries: Sequence[SlideInput]) -> list[SlideInput]:
+    """Call those of one name by their paths, which differ unless masks or microns do."""
+    names = Counter(entry.name for entry in entries)
+    apart = [replace(e, name=str(e.path)) if names[e.name] > 1 else e for e in entries]
+    for name, count in Counter(entry.name for entry in apart).items():
+        if count > 1:
+            raise UsageError(
+                f"{name!r}, {count} times with different masks or microns per pixel",
+                "an id for each",
+                "add a column id to the manifest",
+            )
+    return apart
 
 
 def read_manifest(path: Path) -> list[SlideInput]:
@@ -171,4 +209,4 @@ def _entry(manifest: Path, line: int, row: dict[str, str]) -> SlideInput:
             ) from error
     tiles = slide.is_dir() or slide.suffix.lower() == ".zip"
     mask = file("mask") if text("mask") else None
-    return SlideInput(slide, text("id") or slide.name, mpp, mask, tiles)
+    return SlideInput(slide, text("id") or slide.name, mpp, mask, tiles, listed=True)

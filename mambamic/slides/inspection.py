@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from mambamic.slides.source import SlideInfo, open_slide
 from mambamic.slides.tileset import TileSet
 from mambamic.slides.tissue import mask_for
 
-_FORMAT = 1  # of what lies in a slide's folder; part of its key
+_FORMAT = 2  # of what lies in a slide's folder; part of its key
 _THREADS = 8
 
 
@@ -77,8 +77,11 @@ class Refusal:
 
 def inspect_all(
     inputs: Sequence[SlideInput], model: ModelFacts, settings: Settings
-) -> list[Inspection | Refusal]:
+) -> tuple[list[Inspection | Refusal], list[str]]:
     """Open every slide once, several at a time.
+
+    Returns:
+        What they are, and a line for each that is left out as the copy of another.
 
     Raises:
         ResolutionError: Slides whose resolution is needed and unknown; all of them are named, and
@@ -172,24 +175,34 @@ def _key(
         "part": PART,
         "content": content,
         "model": model.identity,
-        "mpp": asdict(resolution) if settings.target_mpp else None,
+        # It is in the table even where tiles are laid out in pixels; whose word it is is not.
+        "mpp": resolution.mpp,
         "tissue": tissue,
         **settings.as_json(),
     }
     return hashlib.sha256(json.dumps(ingredients, sort_keys=True).encode()).hexdigest()
 
 
-def _without_twins(outcomes: Sequence[Inspection | Refusal]) -> list[Inspection | Refusal]:
+def _without_twins(
+    outcomes: Sequence[Inspection | Refusal],
+) -> tuple[list[Inspection | Refusal], list[str]]:
     """Leave out what is the same slide again: DICOM has a file per level, and copies happen."""
-    seen: set[str] = set()
+    seen: dict[tuple[object, ...], Inspection] = {}
     kept: list[Inspection | Refusal] = []
+    left_out = []
     for outcome in outcomes:
-        if isinstance(outcome, Inspection):
-            info = outcome.info
-            dicom = info is not None and info.format == "dicom" and info.quickhash is not None
-            identity = f"{info.quickhash}" if dicom and info is not None else outcome.folder
-            if identity in seen:
-                continue
-            seen.add(identity)
-        kept.append(outcome)
-    return kept
+        if isinstance(outcome, Refusal):
+            kept.append(outcome)
+            continue
+        info, given = outcome.info, outcome.given
+        dicom = info is not None and info.format == "dicom" and info.quickhash is not None
+        # By its own name a copy would have the folder of the first.
+        identity: tuple[object, ...] = (outcome.folder,)
+        if dicom and info is not None:
+            identity = (info.quickhash, outcome.mask, outcome.resolution.mpp)
+        first = seen.setdefault(identity, outcome)
+        if first is outcome:
+            kept.append(outcome)
+        elif not dicom:
+            left_out.append(f"{given.path}: left out, it is a copy of {first.given.path}")
+    return kept, left_out

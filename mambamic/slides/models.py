@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mambamic.errors import UsageError
@@ -45,7 +45,11 @@ class ModelChoice:
                     "--head with a model of the WSInfer zoo",
                     "leave it out",
                 )
-            return checkpoint_facts(self.folder)
+            facts = checkpoint_facts(self.folder)
+            # A stated type is a wish for other scores; auto takes whatever the device is best at.
+            if self.dtype == "auto":
+                return facts
+            return replace(facts, identity=f"{facts.identity} {self.dtype}")
         if self.embeddings:
             raise UsageError(
                 "--embeddings with TorchScript, which has its outputs only",

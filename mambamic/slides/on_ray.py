@@ -7,7 +7,6 @@ table is the same. Slides, model and results lie where all machines see them und
 
 from __future__ import annotations
 
-import itertools
 import json
 import logging
 import time
@@ -20,7 +19,7 @@ import ray.data
 
 from mambamic.errors import ServerError
 from mambamic.slides.models import ModelChoice
-from mambamic.slides.pipeline import Part, PartScores, Seconds
+from mambamic.slides.pipeline import WAIT_S, Part, PartScores, Seconds
 from mambamic.slides.read import Failure, Place, Source, TileReader
 from mambamic.slides.scorers import Scored
 from mambamic.slides.settings import ModelFacts
@@ -57,19 +56,38 @@ def connect(address: str) -> int:
 
 
 def run_parts_on_ray(
-    parts: Iterator[Part], choice: ModelChoice, facts: ModelFacts, models: int, seconds: Seconds
+    parts: Iterator[Part | None],
+    choice: ModelChoice,
+    facts: ModelFacts,
+    models: int,
+    seconds: Seconds,
 ) -> Iterator[PartScores]:
     """Score parts on the cluster; they come back when they are done, in any order.
 
     Args:
-        parts: Taken in waves.
+        parts: Taken in waves; None where there is nothing yet, but may be later.
         choice: The model, which every actor loads.
         facts: Of the model.
         models: Actors.
         seconds: To which the times are added.
     """
-    while wave := list(itertools.islice(parts, _WAVE)):
+    for wave in _waves(parts):
         yield from _run_wave(wave, choice, facts, models, seconds)
+
+
+def _waves(parts: Iterator[Part | None]) -> Iterator[list[Part]]:
+    wave = []
+    for part in parts:
+        if part is not None:
+            wave.append(part)
+        # Another process may be waiting for what is claimed here: none is held back for company.
+        if wave and (part is None or len(wave) == _WAVE):
+            yield wave
+            wave = []
+        elif part is None:
+            time.sleep(WAIT_S)
+    if wave:
+        yield wave
 
 
 def _run_wave(
@@ -78,12 +96,9 @@ def _run_wave(
     items, results = [], []
     for number, part in enumerate(wave):
         places = part.places()
-        blank = np.full((len(places), len(facts.classes)), np.nan, np.float32)
-        status = ["ok"] * len(places)
-        results.append(PartScores(part, blank, status=status, missing=len(places)))
-        corners = np.array([(place.x, place.y) for place in places], np.int64)
+        results.append(PartScores.blank(part, len(facts.classes)))
         items += [
-            {"part": number, "start": start, "corners": corners[start : start + _TILES]}
+            {"part": number, "start": start, "places": json.dumps(places[start : start + _TILES])}
             for start in range(0, len(places), _TILES)
         ]
     # Stated apart, or Ray would let the few that have a model do the reading too.
@@ -115,7 +130,8 @@ def _read(row: dict[str, Any], sources: list[Source]) -> dict[str, Any]:
     """Read the tiles of a row; runs anywhere in the cluster."""
     source = sources[row["part"]]
     size = source.preprocess.input_size
-    places = [Place(at, int(x), int(y)) for at, (x, y) in enumerate(row["corners"])]
+    given = (Place(*fields) for fields in json.loads(row["places"]))
+    places = [place._replace(at=at) for at, place in enumerate(given)]
     pixels = np.zeros((len(places), size, size, 3), np.uint8)
     reader = TileReader()
     report = reader.read(source, places, pixels)
@@ -157,11 +173,14 @@ class _Model:
 def _add(result: PartScores, row: dict[str, Any], seconds: Seconds) -> None:
     start, probabilities = row["start"], np.asarray(row["probabilities"])
     embeddings = np.asarray(row["embeddings"])
-    rows = list(range(start, start + len(probabilities)))
-    result.add(rows, Scored(probabilities, embeddings if embeddings.shape[1] else None))
-    for at, status, message in json.loads(row["failures"]):
-        result.fail(Failure(start + at, status, message))
-    result.missing -= len(rows)
+    failures = [Failure(*fields) for fields in json.loads(row["failures"])]
+    failed = {failure.at for failure in failures}
+    good = [n for n in range(len(probabilities)) if n not in failed]
+    scored = Scored(probabilities[good], embeddings[good] if embeddings.shape[1] else None)
+    result.add([start + n for n in good], scored)
+    for failure in failures:
+        result.fail(failure._replace(at=start + failure.at))
+    result.missing -= len(probabilities)
     read, preprocess, model = (float(spent) for spent in row["seconds"])
     seconds.read += read
     seconds.preprocess += preprocess

@@ -71,8 +71,9 @@ def read_overview(path: Path, slide: Slide | None = None, side: int = SIDE) -> O
             try:
                 pixels[top:bottom, left:right] = _read_block(slide, level, scale, box)
             except SlideError:
-                slide.close()
-                slide = open_slide(path)
+                # The old one is closed once, here or, where the file is gone, at the end.
+                broken, slide = slide, open_slide(path)
+                broken.close()
                 # What can be read around the damage is read.
                 if max(right - left, bottom - top) > _SMALLEST:
                     waiting += _blocks(box, max(right - left, bottom - top, 2) // 2)

@@ -20,11 +20,17 @@ from numpy.typing import NDArray
 
 from mambamic.slides.plan import Plan
 from mambamic.slides.pool import Batch, ReaderPool
-from mambamic.slides.read import OK, Failure, Place, Source
+from mambamic.slides.read import DIED, OK, UNREADABLE, Failure, Place, Source
 from mambamic.slides.scorers import Scored, Scorer
 
 _POLL_S = 0.2
 _RESULTS = 8  # parts that wait for the caller
+WAIT_S = 1.0  # for parts that another process has
+REFUSED, NOT_FINITE = "refused", "not_finite"
+_NOT_FINITE = (
+    "the model's probabilities for this tile are not finite: see whether its weights are damaged, "
+    "or try --dtype float32"
+)
 
 
 @dataclass
@@ -46,8 +52,7 @@ class Part:
     def places(self) -> list[Place]:
         """Return the tiles, numbered within the part."""
         rows = self.plan.part(self.number)
-        x, y = self.plan.x[rows].tolist(), self.plan.y[rows].tolist()
-        return [Place(index, *corner) for index, corner in enumerate(zip(x, y, strict=True))]
+        return self.plan.places(range(rows.start, rows.stop))
 
 
 @dataclass
@@ -80,21 +85,37 @@ class PartScores:
     messages: dict[int, str] = field(default_factory=dict)
     missing: int = 0
 
+    @classmethod
+    def blank(cls, part: Part, classes: int) -> PartScores:
+        """Return those of a part of which nothing is scored yet."""
+        rows = part.plan.part(part.number)
+        count = rows.stop - rows.start
+        scores = np.full((count, classes), np.nan, np.float32)
+        return cls(part, scores, status=[OK] * count, missing=count)
+
     @property
     def bad(self) -> int:
         """Number of tiles without scores."""
         return sum(status != OK for status in self.status)
 
+    @property
+    def unread(self) -> int:
+        """Number of tiles whose pixels could not be had."""
+        return sum(status in (UNREADABLE, DIED) for status in self.status)
+
     def add(self, rows: list[int], scored: Scored) -> None:
-        """Take the scores of some rows."""
+        """Take the scores of some rows; those that are no numbers are failures."""
         self.probabilities[rows] = scored.probabilities
         if scored.embeddings is not None:
             if self.embeddings is None:
                 shape = len(self.status), scored.embeddings.shape[1]
                 self.embeddings = np.full(shape, np.nan, np.float32)
             self.embeddings[rows] = scored.embeddings
+        for place in np.flatnonzero(~np.isfinite(scored.probabilities).all(axis=1)).tolist():
+            self.fail(Failure(rows[place], NOT_FINITE, _NOT_FINITE))
+        # The scores of these are blank.
         for place, message in scored.refused.items():
-            self.fail(Failure(rows[place], "refused", message))
+            self.fail(Failure(rows[place], REFUSED, message))
 
     def fail(self, failure: Failure) -> None:
         """Note a tile without scores."""
@@ -106,12 +127,13 @@ class PartScores:
 
 
 def run_parts(
-    parts: Iterator[Part], pool: ReaderPool, scorer: Scorer, seconds: Seconds
+    parts: Iterator[Part | None], pool: ReaderPool, scorer: Scorer, seconds: Seconds
 ) -> Generator[PartScores, None, None]:
     """Score parts; they come back when they are done, in an order that may be another.
 
     Args:
-        parts: Taken one by one, in a thread of its own, a little ahead of the scores.
+        parts: Taken one by one, in a thread of its own, a little ahead of the scores; None where
+            there is nothing yet, but may be later.
         pool: The readers.
         scorer: The model.
         seconds: To which the times are added.
@@ -145,19 +167,21 @@ class _Line:
         self._fed = False
         self._failure: BaseException | None = None
 
-    def feed(self, parts: Iterator[Part]) -> None:
+    def feed(self, parts: Iterator[Part | None]) -> None:
         """Give out the batches of all parts."""
         with self._reporting():
             for part in parts:
+                if part is None:
+                    if self.stop.wait(WAIT_S):
+                        return
+                    continue
                 places = part.places()
-                classes = len(self._scorer.facts.classes)
-                blank = np.full((len(places), classes), np.nan, np.float32)
-                result = PartScores(part, blank, status=[OK] * len(places), missing=len(places))
+                result = PartScores.blank(part, len(self._scorer.facts.classes))
                 with self._lock:
                     self._under_way += 1
                 for start in range(0, len(places), self._scorer.batch):
                     some = places[start : start + self._scorer.batch]
-                    here = [Place(n, place.x, place.y) for n, place in enumerate(some)]
+                    here = [place._replace(at=n) for n, place in enumerate(some)]
                     batch = Batch(part.source, here, (result, start))
                     while not self._pool.submit(batch, _POLL_S):
                         if self.stop.is_set():

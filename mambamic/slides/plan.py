@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,16 +13,16 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from PIL import Image
 
-from mambamic.slides.files import fresh, read_json, sweep, write_json
+from mambamic.slides.files import JOB, fresh, read_json, sweep, write_json
 from mambamic.slides.grid import positions
 from mambamic.slides.inspection import Inspection
 from mambamic.slides.overview import Overview, read_overview
+from mambamic.slides.read import Place
 from mambamic.slides.settings import PART, ModelFacts, Settings
 from mambamic.slides.tileset import TileSet
 from mambamic.slides.tissue import Tissue, find_tissue, tissue_fractions
 
-JOB, PLAN = "job.json", "plan.parquet"
-OVERVIEW, TISSUE = "overview.jpg", "tissue.png"
+PLAN, OVERVIEW, TISSUE = "plan.parquet", "overview.jpg", "tissue.png"
 
 
 @dataclass(frozen=True)
@@ -29,8 +30,8 @@ class Plan:
     """The tiles of a slide, in the order of the table.
 
     Args:
-        x: (N,) left, in level-0 pixels; the number of the image in a set of tiles.
-        y: (N,) top.
+        x: (N,) left, in level-0 pixels; 0 in a set of tiles.
+        y: (N,) top, likewise.
         tissue: (N,) share of tissue.
         names: (N,) of the images of a set of tiles, None for a slide.
     """
@@ -52,6 +53,13 @@ class Plan:
         """Return the tiles of a part."""
         return slice(number * PART, min((number + 1) * PART, len(self.x)))
 
+    def places(self, tiles: Iterable[int]) -> list[Place]:
+        """Return where some tiles are read, numbered from 0."""
+        return [
+            Place(at, int(self.x[n]), int(self.y[n]), self.names[n] if self.names else None)
+            for at, n in enumerate(tiles)
+        ]
+
 
 @dataclass(frozen=True)
 class Planned:
@@ -72,10 +80,11 @@ def make_plan(seen: Inspection, settings: Settings) -> Planned:
     """
     if seen.info is None or seen.layout is None:
         tiles = TileSet(seen.given.path)
-        count = len(tiles.names)
+        names = tiles.names()
         tiles.close()
-        number = np.arange(count, dtype=np.int64)
-        plan = Plan(number, np.zeros_like(number), np.ones(count, np.float32), tiles.names)
+        count = len(names)
+        nowhere = np.zeros(count, np.int64)
+        plan = Plan(nowhere, nowhere, np.ones(count, np.float32), names)
         return Planned(plan, {"tiles_in_grid": count, "tiles": count}, None, None)
     overview = read_overview(seen.given.path)
     tissue = find_tissue(settings.tissue, seen.mask, overview)

@@ -26,9 +26,7 @@ from typing import Any
 
 from mambamic.errors import ServerError
 from mambamic.preprocess import Pixels
-from mambamic.slides.read import Failure, Place, Report, Source, as_pixels
-
-DIED = "reader_died"
+from mambamic.slides.read import DIED, Failure, Place, Report, Source, as_pixels
 
 
 @dataclass
@@ -63,18 +61,19 @@ class ReaderPool:
         readers: Processes.
         batch: Most tiles in a batch.
         input_size: Side of the model's input in pixels.
+        in_model: Batches that are scored at a time.
 
     Raises:
         ServerError: A reader cannot be started.
     """
 
-    def __init__(self, readers: int, batch: int, input_size: int) -> None:
+    def __init__(self, readers: int, batch: int, input_size: int, in_model: int = 1) -> None:
         self._piece = max(1, min(64, batch // 2))
         self._batch = batch
         self._input_size = input_size
         self._slot_bytes = batch * input_size * input_size * 3
-        # All readers busy, one batch in the model, and one ready for it.
-        slots = -(-readers * self._piece // batch) + 2
+        # All readers busy, the model too, and one batch ready for it.
+        slots = -(-readers * self._piece // batch) + in_model + 1
         self._size = slots * self._slot_bytes
         self._memory = os.memfd_create("mambamic-tiles")
         os.ftruncate(self._memory, self._size)

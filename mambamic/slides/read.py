@@ -17,7 +17,7 @@ from mambamic.preprocess import Pixels, Preprocess
 from mambamic.slides.source import Slide, open_slide
 from mambamic.slides.tileset import TileSet
 
-OK, UNREADABLE = "ok", "unreadable"
+OK, UNREADABLE, DIED = "ok", "unreadable", "reader_died"
 _KEPT_OPEN = 2  # the slide that is read, and the next
 
 
@@ -43,11 +43,19 @@ class Source:
 
 
 class Place(NamedTuple):
-    """A tile that is to be read: its place in the batch, and left and top in level-0 pixels."""
+    """A tile that is to be read.
+
+    Args:
+        at: Its place in the batch.
+        x: Left, in level-0 pixels.
+        y: Top, in level-0 pixels.
+        name: Of the image, in a set of tiles: files come and go, and numbers would then shift.
+    """
 
     at: int
     x: int
     y: int
+    name: str | None = None
 
 
 class Failure(NamedTuple):
@@ -112,7 +120,8 @@ class TileReader:
         if source.tiles_are_files:
             tiles = self._opened(source)
             assert isinstance(tiles, TileSet)
-            return tiles.read(place.x)
+            assert place.name is not None
+            return tiles.read(place.name)
         size = (source.read_size, source.read_size)
         try:
             return self._slide(source).read(place.x, place.y, source.level, size)

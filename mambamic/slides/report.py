@@ -22,7 +22,7 @@ from mambamic.slides.colours import as_hex, class_colours
 from mambamic.slides.files import fresh
 from mambamic.slides.maps import Floats, heat_layer
 from mambamic.slides.plan import TISSUE, Plan
-from mambamic.slides.read import Place, Source, TileReader
+from mambamic.slides.read import Source, TileReader
 
 _SIDE = 1000  # of the slide's picture on the page
 _LAYERS = 16  # classes with a layer of their own: the most frequent
@@ -226,9 +226,8 @@ def _place(plan: Plan, tile: int) -> str:
 
 def _tile(reader: TileReader, source: Source, plan: Plan, tile: int) -> str | None:
     pixels = np.empty((1, _TILE, _TILE, 3), np.uint8)
-    place = Place(0, int(plan.x[tile]), int(plan.y[tile]))
     try:
-        report = reader.read(source, [place], pixels)
+        report = reader.read(source, plan.places([tile]), pixels)
     # The slide may be gone by now; the table is not.
     except MambamicError:
         return None

@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime, timezone
 from importlib.metadata import distributions
 from pathlib import Path
@@ -33,9 +33,8 @@ from mambamic.slides.settings import ModelFacts, Settings
 from mambamic.slides.summary import SUMMARY
 from mambamic.slides.table import Geometry, part_path, write_part, written
 
-Stages = Callable[[Iterator[Part]], Iterator[PartScores]]
+Stages = Callable[[Iterator[Part | None]], Iterator[PartScores]]
 RUN, INDEX = "run.json", "report.html"
-_WAIT_S = 1.0  # for parts that another process has
 
 
 @dataclass
@@ -48,7 +47,7 @@ class SlideWork:
         plan: Its tiles, once they are known.
         failure: Why it was given up.
         bad: Tiles without scores, of the parts that this run scored.
-        under_way: Parts that were given out and are not written yet.
+        under_way: Parts that this run gave out and has not written yet.
         given_out: Whether no more parts of it will be.
     """
 
@@ -57,7 +56,7 @@ class SlideWork:
     plan: Plan | None = None
     failure: MambamicError | None = None
     bad: int = 0
-    under_way: int = 0
+    under_way: set[int] = field(default_factory=set)
     given_out: bool = False
 
     @property
@@ -134,6 +133,7 @@ class Run:
             if isinstance(seen, Inspection)
         ]
         self.seconds = Seconds()
+        self.notes: list[str] = []  # of what went otherwise than asked for, and cost no slide
         self.tiles = 0
         self._planned = 0
         self._started = _now()
@@ -166,18 +166,24 @@ class Run:
             elif error is not None:
                 raise error
 
-    def _parts(self) -> Iterator[Part]:
-        """Give out the parts that are missing, planning one slide ahead."""
+    def _parts(self) -> Iterator[Part | None]:
+        """Give out the parts that are missing, planning one slide ahead.
+
+        None stands for nothing yet: all that is missing is at work, here or in other processes.
+        Whoever takes the parts knows how to wait, and what to do meanwhile.
+        """
         with ThreadPoolExecutor(1, "plan") as planner:
             plans = [planner.submit(self._plan, work) for work in self.work[:1]]
             for number, work in enumerate(self.work):
                 if number + 1 < len(self.work):
                     plans.append(planner.submit(self._plan, self.work[number + 1]))
                 plans[number].result()
-                yield from self._parts_of(work, wait=False)
-            # What other processes have is left to them, and waited for when all else is done.
+                yield from self._free_parts(work)
+        # What other processes have is done when they are, or free again if they die.
+        while any(not work.given_out for work in self.work):
+            yield None
             for work in self.work:
-                yield from self._parts_of(work, wait=True)
+                yield from self._free_parts(work)
 
     def _plan(self, work: SlideWork) -> None:
         try:
@@ -192,35 +198,33 @@ class Run:
                         write_plan(work.folder, work.seen, planned, self.model)
                         plan = planned.plan
             work.plan = plan
-            self._planned += len(plan)
+            there = (plan.part(number) for number in written(work.folder, plan.parts))
+            self._planned += len(plan) - sum(rows.stop - rows.start for rows in there)
         except MambamicError as error:
             work.failure = error
 
-    def _parts_of(self, work: SlideWork, *, wait: bool) -> Iterator[Part]:
+    def _free_parts(self, work: SlideWork) -> Iterator[Part]:
+        """Give out the parts of a slide that are missing and that nobody has."""
         plan = work.plan
         if plan is None or work.given_out:
+            work.given_out = True
             return
-        missing = [n for n in range(plan.parts) if not part_path(work.folder, n).exists()]
-        while missing and work.failure is None:
-            left = []
-            for number in missing:
-                lock = claim(work.folder, f"part-{number}")
-                if lock is None:
-                    left.append(number)
-                elif part_path(work.folder, number).exists():
-                    lock.release()
-                else:
-                    work.under_way += 1
-                    yield Part(work.source(self.model, self._encoded), plan, number, (work, lock))
-                if work.failure is not None:
-                    break
-            # Another process has these: they are done when it is, or free again if it dies.
-            missing = [n for n in left if not part_path(work.folder, n).exists()]
-            if missing and not wait:
-                return
-            if missing:
-                time.sleep(_WAIT_S)
-        work.given_out = True
+        theirs = False
+        for number in range(plan.parts):
+            if work.failure is not None:
+                break
+            # In this order: what leaves the set is written by then.
+            if number in work.under_way or part_path(work.folder, number).exists():
+                continue
+            lock = claim(work.folder, f"part-{number}")
+            if lock is None:
+                theirs = True
+            elif part_path(work.folder, number).exists():
+                lock.release()
+            else:
+                work.under_way.add(number)
+                yield Part(work.source(self.model, self._encoded), plan, number, (work, lock))
+        work.given_out = work.failure is not None or not theirs
 
     def _take(self, result: PartScores) -> None:
         work, lock = result.part.note
@@ -229,7 +233,7 @@ class Run:
         assert work.plan is not None
         work.bad += result.bad
         too_many = work.bad > self.task.finish.max_bad * len(work.plan)
-        if too_many and result.bad == len(result.status):
+        if too_many and result.unread == len(result.status):
             # Nothing can be read any more: the disk or the network is gone, or the file is.
             # Written down this would stay; so it is left for another run to try.
             reason = next(iter(result.messages.values()))
@@ -240,11 +244,18 @@ class Run:
             )
         else:
             began = time.perf_counter()
-            write_part(work.folder, result, work.geometry, self.model.classes, self._describe)
+            write_part(
+                work.folder,
+                result,
+                work.geometry,
+                self.model.classes,
+                self._describe,
+                embeddings=self.task.settings.embeddings,
+            )
             self.seconds.write += time.perf_counter() - began
             self.tiles += len(result.status)
         lock.release()
-        work.under_way -= 1
+        work.under_way.remove(result.part.number)
         self.count(len(result.status), self._planned)
         if work.given_out and not work.under_way:
             self._finish_if_complete(work)
@@ -336,6 +347,7 @@ class Run:
             "settings": asdict(self.task.settings),
             "tiles_scored_by_this_run": self.tiles,
             "seconds": {"elapsed": time.perf_counter() - self._began, **asdict(self.seconds)},
+            "notes": self.notes,
             "failed": [
                 {"slide": entry["slide"], "path": entry["path"], "reason": entry["reason"]}
                 for entry in entries

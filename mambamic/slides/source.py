@@ -7,6 +7,7 @@ the thumbnail that scanners store, have no way into this module; nor have its fr
 from __future__ import annotations
 
 import logging
+import re
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
 _PRIVATE = ("label", "macro")
+_TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _PLAIN = IMAGE_SUFFIXES | {".tif", ".tiff"}
 
 
@@ -49,10 +51,6 @@ class SlideInfo:
     objective: float | None
     bounds: tuple[int, int, int, int]
     quickhash: str | None = None
-
-
-class _PrivateImageError(SlideError):
-    """No other reader is to try."""
 
 
 class Slide(Protocol):
@@ -86,6 +84,7 @@ def open_slide(path: Path) -> Slide:
     """
     if not path.exists():
         raise SlideError(f"{path} is not there", "a slide", "check the path")
+    _refuse_label(path)
     readers: list[Callable[[Path], Slide]] = [_OpenSlide, _TiffSlide]
     if path.suffix.lower() in _PLAIN:
         readers.append(_Pillow)
@@ -102,12 +101,42 @@ def open_slide(path: Path) -> Slide:
     )
 
 
+def _refuse_label(path: Path) -> None:
+    """Refuse a TIFF that begins with what may be a label: of no vendor's format, that is all read.
+
+    Raises:
+        SlideError: It does.
+    """
+    import openslide
+    import tifffile
+
+    # What it has to say of damaged files comes as errors too.
+    logging.getLogger("tifffile").setLevel(logging.CRITICAL)
+    try:
+        with path.open("rb") as file:
+            tiff = file.read(4) in _TIFF
+        if not tiff or openslide.OpenSlide.detect_format(path) not in (None, "generic-tiff"):
+            return
+        with tifffile.TiffFile(path) as opened:
+            described = str(opened.pages.first.description)
+    # Of what it cannot make sense the readers tell.
+    except Exception:
+        return
+    # OME describes all images of a file at its beginning, the first of them first.
+    first = re.search(r"<(?:\w+:)?Image\b[^>]*>", described)
+    described = (first.group() if first else described).lower()
+    if any(word in described for word in _PRIVATE):
+        raise SlideError(
+            f"{path.name} begins with what may be the image of a label",
+            "a slide's pyramid",
+            "convert the slide, without its label",
+        )
+
+
 def _try(reader: Callable[[Path], Slide], path: Path) -> Slide | str:
     """Return the open slide, or what the reader says against it."""
     try:
         return reader(path)
-    except _PrivateImageError:
-        raise
     except MambamicError as error:
         said = error.problem
     # Each library, and each parser below it, raises kinds of its own on damaged files.
@@ -179,23 +208,13 @@ class _TiffSlide:
         import tifffile
         import tiffslide
 
-        # What it has to say of damaged files comes as errors too.
-        logging.getLogger("tifffile").setLevel(logging.CRITICAL)
-        # TiffSlide leaves a file open that it cannot read, and of a format that it does not know
-        # it takes the first image, whatever that shows.
+        # TiffSlide leaves a file open that it cannot read.
         with tifffile.TiffFile(path) as file:
-            described = str(file.pages.first.description).lower()
+            assert file.pages.first
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of metadata that it does not know
             self._slide = tiffslide.TiffSlide(path)
             self.info = _info("tiffslide", self._slide, None)
-        if self.info.format == "generic-tiff" and any(word in described for word in _PRIVATE):
-            self.close()
-            raise _PrivateImageError(
-                f"{path.name} begins with what may be the image of a label",
-                "a slide's pyramid",
-                "convert the slide, without its label",
-            )
 
     def read(self, x: int, y: int, level: int, size: tuple[int, int]) -> Image.Image:
         try:

@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.csv as pc
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from mambamic.slides.files import fresh
 from mambamic.slides.pipeline import PartScores
@@ -43,7 +44,13 @@ def part_path(folder: Path, number: int) -> Path:
 
 
 def write_part(
-    folder: Path, result: PartScores, geometry: Geometry, classes: Sequence[str], run: Any
+    folder: Path,
+    result: PartScores,
+    geometry: Geometry,
+    classes: Sequence[str],
+    run: Any,
+    *,
+    embeddings: bool,
 ) -> None:
     """Write a part of the table, whole or not at all.
 
@@ -53,17 +60,21 @@ def write_part(
         geometry: Of its tiles.
         classes: Names, in the order of the scores.
         run: What scored it, as JSON; kept in the file's metadata.
+        embeddings: Whether they have a column.
     """
     path = part_path(folder, result.part.number)
     path.parent.mkdir(parents=True, exist_ok=True)
     metadata = {"mambamic": json.dumps(run)}
-    table = part_table(result, geometry, classes).replace_schema_metadata(metadata)
+    table = part_table(result, geometry, classes, embeddings=embeddings)
+    table = table.replace_schema_metadata(metadata)
     with fresh(path) as temporary:
         pq.write_table(table, temporary, compression="zstd")
 
 
-def part_table(result: PartScores, geometry: Geometry, classes: Sequence[str]) -> pa.Table:
-    """Return a part as a table; tiles without scores have nulls."""
+def part_table(
+    result: PartScores, geometry: Geometry, classes: Sequence[str], *, embeddings: bool
+) -> pa.Table:
+    """Return a part as a table; tiles without scores have nulls, and the columns do not differ."""
     plan = result.part.plan
     rows = plan.part(result.part.number)
     count = rows.stop - rows.start
@@ -92,7 +103,7 @@ def part_table(result: PartScores, geometry: Geometry, classes: Sequence[str]) -
     columns["top_class"] = pa.array(labels, pa.string())
     columns["status"] = pa.array(result.status)
     columns["message"] = pa.array([result.messages.get(n) for n in range(count)], pa.string())
-    if result.embeddings is not None:
+    if embeddings:
         columns["embedding"] = _lists(result.embeddings, bad)
     return pa.table(columns)
 
@@ -102,9 +113,12 @@ def _best(result: PartScores) -> list[int]:
     return best
 
 
-def _lists(rows: Any, bad: Any) -> pa.Array:
-    flat = pa.array(np.ascontiguousarray(rows, np.float32).ravel())
-    return pa.FixedSizeListArray.from_arrays(flat, rows.shape[1], mask=pa.array(bad))
+def _lists(rows: NDArray[np.float32] | None, bad: NDArray[np.bool_]) -> pa.Array:
+    """Return (N, C) as N lists of no fixed length: without any good tile none is known."""
+    kept = np.zeros((0, 0), np.float32) if rows is None else rows[~bad]
+    ends = np.cumsum(np.where(bad, 0, kept.shape[1]), dtype=np.int32)
+    offsets = np.concatenate([np.zeros(1, np.int32), ends])
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(kept.ravel()), mask=pa.array(bad))
 
 
 def read_parts(

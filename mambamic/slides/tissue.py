@@ -48,7 +48,7 @@ def find_tissue(how: str, file: Path | None, overview: Overview) -> Tissue:
 
     Args:
         how: ``otsu`` or ``none``; passed over where there is a file.
-        file: A mask image (tissue is what is not black), or GeoJSON in level-0 pixels.
+        file: A mask image (tissue is what is brighter than half), or GeoJSON in level-0 pixels.
         overview: Of the slide.
 
     Raises:
@@ -128,8 +128,8 @@ def _from_image(file: Path, size: tuple[int, int]) -> Mask:
 
 def _from_geojson(file: Path, overview: Overview) -> Mask:
     try:
-        rings = list(_polygons(json.loads(file.read_text(encoding="utf-8"))))
-    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+        polygons = list(_polygons(json.loads(file.read_text(encoding="utf-8"))))
+    except (OSError, ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
         raise UsageError(
             f"the annotation {file} ({error or type(error).__name__})",
             "GeoJSON with polygons, as QuPath exports it",
@@ -137,7 +137,7 @@ def _from_geojson(file: Path, overview: Overview) -> Mask:
         ) from error
     height, width = overview.pixels.shape[:2]
     mask = np.zeros((height, width), bool)
-    for outer, *holes in rings:
+    for outer, *holes in polygons:
         image = Image.new("1", (width, height))
         draw = ImageDraw.Draw(image)
         draw.polygon(overview.to_overview(outer), fill=1)
@@ -163,9 +163,18 @@ def _polygons(shape: Any) -> Iterator[list[list[tuple[float, float]]]]:
     elif kind in ("Polygon", "MultiPolygon"):
         shapes = [shape["coordinates"]] if kind == "Polygon" else shape["coordinates"]
         for rings in shapes:
-            yield [[(float(p[0]), float(p[1])) for p in ring] for ring in rings]
+            yield [_ring(ring) for ring in rings or [[]]]
     else:
         raise ValueError(f"a {kind}, which has no area")
+
+
+def _ring(points: Any) -> list[tuple[float, float]]:
+    ring = [(float(p[0]), float(p[1])) for p in points]
+    if len(ring) < 3:
+        raise ValueError(f"an outline of {len(ring)} points, which has no area")
+    if not np.isfinite(ring).all():
+        raise ValueError("a point that is not finite")
+    return ring
 
 
 def mask_for(folder_or_file: Path, slide: Path) -> Path:

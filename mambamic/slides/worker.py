@@ -29,14 +29,27 @@ from mambamic.slides.settings import ModelFacts
 
 
 def device_names(device: str, count: int) -> list[str]:
-    """Return a device per process: ``cuda:0``, ``cuda:1`` and so on, or the CPU several times."""
-    if device == "auto" and find_spec("torch") is None:  # ONNX Runtime, on the CPU
-        device = "cpu"
-    elif device == "auto":
-        import torch
+    """Return a device per process: GPUs from the named one on, or the CPU several times.
 
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    return [f"cuda:{n}" if device.startswith("cuda") else device for n in range(count)]
+    Args:
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        count: How many processes.
+
+    Raises:
+        UsageError: Not such a name.
+        BackendError: There are not so many GPUs here.
+    """
+    # Without torch, which has a say only in GPUs, it is ONNX Runtime on the CPU.
+    if device == "cpu" or (device == "auto" and find_spec("torch") is None):
+        return ["cpu"] * count
+    from mambamic.engine import find_device
+
+    first = find_device(device)
+    if first.type == "cpu":
+        return ["cpu"] * count
+    names = [f"cuda:{n}" for n in range(first.index, first.index + count)]
+    find_device(names[-1])
+    return names
 
 
 def score_here(run: Run, scorer: Scorer, readers: int) -> None:
@@ -49,7 +62,7 @@ def score_here(run: Run, scorer: Scorer, readers: int) -> None:
     """
     try:
         size = scorer.facts.preprocess.input_size
-        with ReaderPool(readers, scorer.batch, size) as pool:
+        with ReaderPool(readers, scorer.batch, size, scorer.threads) as pool:
             run.score(
                 lambda parts: run_parts(parts, pool, scorer, run.seconds),
                 scorer.describe(),
@@ -61,6 +74,8 @@ def score_here(run: Run, scorer: Scorer, readers: int) -> None:
 
 def score_on_devices(run: Run, choices: Sequence[ModelChoice], readers: int) -> None:
     """Score in a process per device what is missing, and wait for all of them.
+
+    A process that fails is noted; what it had claimed is done by the others.
 
     Args:
         run: What is to be done.
@@ -79,7 +94,11 @@ def score_on_devices(run: Run, choices: Sequence[ModelChoice], readers: int) -> 
         for child in children:
             child.stop()
     failures = [child.failure for child in children if child.failure is not None]
-    # What a dead one had claimed is done by the others, unless they are dead too.
+    run.notes += [
+        f"device {child.thread.name} gave up: {child.failure}"
+        for child in children
+        if child.failure is not None
+    ]
     if failures and not run.is_complete():
         raise failures[0]
 
