@@ -16,9 +16,10 @@ from typing import Any
 import pytest
 import torch
 
-from mambamic.checkpoint import load_checkpoint
+from mambamic.checkpoint import OOD_FILE, load_checkpoint
 from mambamic.cli import main
 from mambamic.errors import TrainingError, UsageError
+from mambamic.evaluation.calibration import store_temperature
 from mambamic.preprocess import Preprocess
 from mambamic.training.recipe import Strengths
 from mambamic.training.run import train
@@ -238,6 +239,31 @@ def test_a_finished_run_can_be_described_anew(data: Path, finished: Path, tmp_pa
     assert checkpoint.config == expected == load_checkpoint(out / "checkpoint").config
     assert "- Licence: CC-BY-4.0" in checkpoint.card()
     assert epochs_logged(out) == epochs_logged(finished)
+
+
+def test_what_was_stored_since_survives_the_same_command(
+    data: Path, finished: Path, tmp_path: Path
+) -> None:
+    out = shutil.copytree(finished, tmp_path / "copy")
+    given = ["--licence", "CC-BY-4.0", "--mpp", "0.25", "--about", "Two colours"]
+    assert main([*command(data, out), *given]) == 0
+    place = out / "checkpoint"
+    store_temperature(load_checkpoint(place), 1.5)
+    (place / OOD_FILE).write_bytes(b"a detector")
+    card = (place / "README.md").read_text()
+    (place / "README.md").write_text(card + "\nBy hand.\n")
+    before = {path: path.read_bytes() for path in place.iterdir()}
+
+    assert main(command(data, out)) == 0
+    assert {path: path.read_bytes() for path in place.iterdir()} == before
+    assert main([*command(data, out), "--licence", "MIT"]) == 0
+    config = load_checkpoint(place).config
+    assert (config.licence, config.mpp, config.training_data) == ("MIT", 0.25, "Two colours")
+    assert config.temperature == 1.5
+    changed = {path.name for path, was in before.items() if path.read_bytes() != was}
+    assert changed == {"config.json", "README.md"}
+    expected = card.replace("- Licence: CC-BY-4.0", "- Licence: MIT") + "\nBy hand.\n"
+    assert (place / "README.md").read_text() == expected
 
 
 def test_a_lost_result_is_written_again(data: Path, finished: Path, tmp_path: Path) -> None:

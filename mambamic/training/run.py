@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from mambamic.kernels import resolve
 from mambamic.models import create_model
 from mambamic.preprocess import Preprocess
 from mambamic.training.augment import Augmentation
-from mambamic.training.card import model_card
+from mambamic.training.card import model_card, restate
 from mambamic.training.data import Split, load_split
 from mambamic.training.fit import MONITOR, STATE, Progress, fit
 from mambamic.training.initial import check_initial, start_from
@@ -50,7 +50,7 @@ class Run:
         out: Where the state, the log and at the end ``checkpoint/`` go.
         recipe: The settings.
         preprocess: How images are brought to the model's size.
-        mpp: Microns per pixel of the tiles, None where unknown.
+        mpp: Microns per pixel of the tiles; None, here and below, where it is not said.
         licence: Of the weights.
         training_data: What the images are, for the model card.
         init: A checkpoint to start from, of the same architecture.
@@ -63,8 +63,8 @@ class Run:
     recipe: Recipe
     preprocess: Preprocess
     mpp: float | None = None
-    licence: str = "unknown"
-    training_data: str = "unknown"
+    licence: str | None = None
+    training_data: str | None = None
     init: Path | None = None
     classes: tuple[str, ...] | None = None
 
@@ -95,19 +95,22 @@ class Run:
             architecture=self.architecture,
             classes=classes,
             head="sigmoid" if multi_label else "softmax",
-            mpp=self.mpp,
-            licence=self.licence,
-            training_data=self.training_data,
             metrics=metrics,
             **asdict(self.preprocess),
+            **self.said(),
         )
+
+    def said(self) -> dict[str, Any]:
+        """Return what the user says of the images and the weights, which training cannot find."""
+        said = {"mpp": self.mpp, "licence": self.licence, "training_data": self.training_data}
+        return {name: value for name, value in said.items() if value is not None}
 
 
 def train(run: Run, *, device: str = "auto", devices: int = 1, progress: bool = True) -> Checkpoint:
     """Train, or go on where a stopped run in the same folder left off.
 
-    A run that is finished is not repeated: what it may be told anew is what the model card says
-    of the images and the licence.
+    A run that is finished is not repeated: of its checkpoint only what ``run`` says of the images
+    and the licence is changed.
 
     Args:
         run: What to do.
@@ -139,7 +142,7 @@ def train(run: Run, *, device: str = "auto", devices: int = 1, progress: bool = 
     named = {} if run.classes is None else {"classes": run.classes}
     _compare(run.out, run.identity() | named)
     if (run.out / RESULT).exists():
-        return _describe_anew(run, load_checkpoint(run.out / RESULT))
+        return restate(load_checkpoint(run.out / RESULT), run.said())
     if devices == 1:
         _train_share(run, target.type, progress, Share())
     else:
@@ -348,14 +351,3 @@ def _export(
         metrics["init"] = f"{run.initial().config.weights_sha256}, {started}"
     config = run.config(train.classes, metrics, multi_label=train.multi_label)
     save_checkpoint(run.out / RESULT, config, weights, model_card(config, run.recipe), half=True)
-
-
-def _describe_anew(run: Run, checkpoint: Checkpoint) -> Checkpoint:
-    """Bring what the user states, and training does not change, up to date."""
-    config = replace(
-        checkpoint.config, mpp=run.mpp, licence=run.licence, training_data=run.training_data
-    )
-    if config == checkpoint.config:
-        return checkpoint
-    card = model_card(config, run.recipe)
-    return save_checkpoint(checkpoint.path, config, checkpoint.state_dict(), card, half=True)
