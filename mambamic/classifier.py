@@ -20,7 +20,7 @@ from mambamic.checkpoint import Checkpoint, load_checkpoint
 from mambamic.errors import BackendError, ShapeError, UsageError
 from mambamic.graph.onnx import OnnxEngine, find_onnx, open_onnx
 from mambamic.images import to_rgb
-from mambamic.ood import load_detector
+from mambamic.ood import Detector, load_detector
 from mambamic.prediction import Prediction
 from mambamic.preprocess import Pixels
 
@@ -37,8 +37,10 @@ BACKENDS = ("auto", "reference", "cpu", "cuda", "mamba_ssm", "onnxruntime")
 class Classifier:
     """A checkpoint on a device, ready to classify. Made by ``Classifier.load``."""
 
-    def __init__(self, checkpoint: Checkpoint, engine: TorchEngine | OnnxEngine) -> None:
-        self._detector = load_detector(checkpoint)
+    def __init__(
+        self, checkpoint: Checkpoint, engine: TorchEngine | OnnxEngine, detector: Detector | None
+    ) -> None:
+        self._detector = detector
         self._engine = engine
         self.config = checkpoint.config
         self.preprocess = checkpoint.config.preprocess
@@ -58,6 +60,7 @@ class Classifier:
         dtype: str = "auto",
         *,
         max_batch: int | None = None,
+        detect: bool = True,
     ) -> Classifier:
         """Load a checkpoint onto a device.
 
@@ -69,9 +72,11 @@ class Classifier:
             dtype: ``auto`` (float32 on a CPU, float16 on a GPU), ``float32``, ``float16`` or
                 ``bfloat16``. Norms, state-space parameters and states stay float32.
             max_batch: Larger batches are split; by default 32 on a CPU, 256 on a GPU.
+            detect: Read the detector of images of another kind, where the checkpoint has one.
 
         Raises:
-            CheckpointError: The checkpoint is damaged, or its weights do not fit its config.
+            CheckpointError: The checkpoint or its detector is damaged, or its weights do not fit
+                its config.
             BackendError: The device or the backend is not available here.
             UsageError: A name that does not exist.
         """
@@ -87,12 +92,14 @@ class Classifier:
                     "leave the backend out, or give the checkpoint that the file was made from",
                 )
             onnx = open_onnx(file)
-            return cls(onnx.checkpoint, OnnxEngine(onnx, device, dtype, max_batch))
+            detector = load_detector(onnx.checkpoint) if detect else None
+            return cls(onnx.checkpoint, OnnxEngine(onnx, device, dtype, max_batch), detector)
         # Here, because a torch-free installation classifies, too.
         from mambamic.engine import TorchEngine
 
         opened = checkpoint if isinstance(checkpoint, Checkpoint) else load_checkpoint(checkpoint)
-        return cls(opened, TorchEngine(opened, device, backend, dtype, max_batch))
+        detector = load_detector(opened) if detect else None
+        return cls(opened, TorchEngine(opened, device, backend, dtype, max_batch), detector)
 
     def predict(self, images: Sequence[Image.Image | Pixels]) -> list[Prediction]:
         """Classify images.

@@ -157,6 +157,20 @@ def test_a_detector_is_bound_to_its_weights(checkpoint: Path, tmp_path: Path) ->
         load_detector(opened)
 
 
+@pytest.mark.parametrize("bad", [b"junk", None])
+def test_a_bad_detector_is_mended_as_its_error_says(
+    checkpoint: Path, data: Path, bad: bytes | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tile = str(next((data / "val").rglob("*.png")))
+    other = fit_detector(*clusters(200, 0)).to_bytes("0" * 64)
+    (checkpoint / OOD_FILE).write_bytes(other if bad is None else bad)
+    assert main(["predict", str(checkpoint), tile, "--device", "cpu"]) == 1
+    assert "fit the detector anew by: mambamic ood CHECKPOINT DATA" in capsys.readouterr().err
+    assert main(["ood", str(checkpoint), str(data), "--device", "cpu"]) == 0
+    assert main(["predict", str(checkpoint), tile, "--device", "cpu", "--json"]) == 0
+    assert "ood_score" in json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
 def test_outliers_without_a_report(
     checkpoint: Path, data: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -55,7 +55,8 @@ def run(args: argparse.Namespace) -> int:
     if args.outliers and not args.report:
         raise UsageError("--outliers alone", "--report beside it", "add --report")
     checkpoint = load_checkpoint(args.checkpoint)
-    classifier = Classifier.load(checkpoint, args.device)
+    # Not with an earlier detector: this may be the call that is to replace a bad one.
+    classifier = Classifier.load(checkpoint, args.device, detect=False)
     config = checkpoint.config
     split = load_split(
         args.data,
