@@ -145,7 +145,8 @@ def test_batches_that_devices_cannot_share(data: Path, tmp_path: Path) -> None:
 def test_a_learning_rate_that_is_too_large(data: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     wild = replace(RECIPE, learning_rate=1e30, clip_norm=0.0, warmup_epochs=0)
-    with pytest.raises(TrainingError, match=r"epoch \d .*1e\+30.*smaller --learning-rate"):
+    said = r"epoch \d .*1e\+30.*smaller --learning-rate; no epoch was finished$"
+    with pytest.raises(TrainingError, match=said):
         train(run_in(data, out, recipe=wild), device="cpu", progress=False)
     assert not (out / "checkpoint").exists()
     assert not (out / "last.ckpt").exists(), "a state without a future is kept"
@@ -176,6 +177,47 @@ def test_a_late_failure_keeps_the_last_good_state(
     torch.save(saved, out / "last.ckpt")
     train(run, device="cpu", progress=False)
     assert measured(out)["epochs"] == 6
+
+
+def test_the_best_epoch_before_a_failure_is_a_checkpoint_like_any_other(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, place = tmp_path / "out", tmp_path / "out/best_epoch_1"
+    # One step an epoch; the second is so large that no number is left after it.
+    wild = [*("--batch-size", "8", "--learning-rate", "1e30", "--warmup-start", "1e-33")]
+    call = [*command(data, out), *wild, "--clip-norm", "0", "--licence", "MIT"]
+    assert main(call) == 1
+    said = capsys.readouterr().err
+    assert "not a finite number since step 1 of epoch 2 (learning_rate 1e+30)" in said
+    assert said.endswith(f"is kept as a checkpoint, also for --init: {place}\n")
+    assert epochs_done(out) == 1, "an epoch that is no good was kept"
+    before = place.stat().st_ino
+    assert main(call) == 1, "it was trained again"
+    assert capsys.readouterr().err == said
+    assert place.stat().st_ino == before
+
+    kept = load_checkpoint(place)
+    assert (kept.config.classes, kept.config.licence) == (("blood", "stain"), "MIT")
+    assert (kept.config.metrics["best_epoch"], kept.config.metrics["epochs"]) == (1, 1)
+    assert "Training ended before its time: the loss or its gradient is not" in kept.card()
+    cell = str(data / "val/blood/0.png")
+    assert main(["predict", str(place), cell, "--device", "cpu"]) == 0
+    evaluated = ["evaluate", str(place), str(data), "--split", "val", "--bootstrap", "10"]
+    assert main([*evaluated, "--device", "cpu", "--out", str(tmp_path / "evaluation")]) == 0
+    tuned = [*command(data, tmp_path / "tuned"), "--epochs", "2", "--init", str(place)]
+    assert main(tuned) == 0
+    card = load_checkpoint(tmp_path / "tuned/checkpoint").card()
+    assert f"Started from: {kept.config.weights_sha256}, with its head of 2 classes" in card
+    assert "ended before" not in card
+
+
+def test_the_best_epoch_before_a_failure_on_two_devices(data: Path, tmp_path: Path) -> None:
+    wild = replace(RECIPE, batch_size=8, learning_rate=1e30, warmup_start=1e-33, clip_norm=0.0)
+    run = run_in(data, tmp_path / "out", recipe=wild)
+    with pytest.raises(TrainingError, match=r"best_epoch_1$"):
+        train(run, device="cpu", devices=2, progress=False)
+    config = load_checkpoint(tmp_path / "out/best_epoch_1").config
+    assert config.metrics["device"] == "2 x CPU"
 
 
 _SHORT_OF_MEMORY = """

@@ -34,7 +34,7 @@ For research use only: not a medical device, not for diagnosis.
 {metrics["train_images"]} images, {metrics["epochs"]} epochs, {metrics["minutes"]} minutes on
 {metrics["device"]} ({metrics["images_per_second"]} images per second), seed {metrics["seed"]},
 torch {metrics["torch"]}, weights kept from epoch {metrics["best_epoch"]}.
-
+{_ended(metrics)}
 Started from: {init}
 
 | setting | value |
@@ -75,6 +75,11 @@ def restate(checkpoint: Checkpoint, said: Mapping[str, Any]) -> Checkpoint:
         write_file(checkpoint, CARD_FILE, card.encode())
     write_file(checkpoint, CONFIG_FILE, config.to_json().encode())
     return Checkpoint(checkpoint.path, config)
+
+
+def _ended(metrics: Mapping[str, Any]) -> str:
+    reason = metrics.get("ended_early")
+    return "" if reason is None else f"\nTraining ended before its time: {reason}.\n"
 
 
 def _said(config: Config) -> tuple[str, ...]:

@@ -25,8 +25,8 @@ from mambamic.preprocess import Preprocess
 from mambamic.training.augment import Augmentation
 from mambamic.training.card import model_card, restate
 from mambamic.training.data import Split, load_split
-from mambamic.training.fit import MONITOR, STATE, Progress, fit
-from mambamic.training.initial import check_initial, start_from
+from mambamic.training.fit import BEST, MONITOR, STATE, Progress, fit
+from mambamic.training.initial import check_initial, head_of, start_from
 from mambamic.training.loss import class_weights
 from mambamic.training.module import TrainingModule
 from mambamic.training.ranks import run_ranks
@@ -84,7 +84,7 @@ class Run:
         return load_checkpoint(self.init)
 
     def config(
-        self, classes: tuple[str, ...], metrics: dict[str, Any], *, multi_label: bool = False
+        self, classes: tuple[str, ...], metrics: dict[str, Any], head: str = "softmax"
     ) -> Config:
         """Return what the checkpoint will state.
 
@@ -94,7 +94,7 @@ class Run:
         return Config.from_settings(
             architecture=self.architecture,
             classes=classes,
-            head="sigmoid" if multi_label else "softmax",
+            head=head,
             metrics=metrics,
             **asdict(self.preprocess),
             **self.said(),
@@ -127,8 +127,8 @@ def train(run: Run, *, device: str = "auto", devices: int = 1, progress: bool = 
         DataError: The images cannot be used.
         CheckpointError: The checkpoint to start from cannot be used.
         BackendError: The device or its scan kernel is not available.
-        TrainingError: There is too little memory, or the loss is no longer a number; the finished
-            epochs are kept.
+        TrainingError: There is too little memory, or the loss is no longer a number; the best of
+            the finished epochs is then a checkpoint, which the error names.
         KeyboardInterrupt: Ctrl-C; the finished epochs are kept.
         SystemExit: SIGTERM; the finished epochs are kept.
     """
@@ -143,15 +143,18 @@ def train(run: Run, *, device: str = "auto", devices: int = 1, progress: bool = 
     _compare(run.out, run.identity() | named)
     if (run.out / RESULT).exists():
         return restate(load_checkpoint(run.out / RESULT), run.said())
-    if devices == 1:
-        _train_share(run, target.type, progress, Share())
-    else:
-        run_ranks(partial(_train_share, run, target.type, progress), devices, target.type)
-    return load_checkpoint(run.out / RESULT)
+    try:
+        if devices == 1:
+            _train_share(run, target.type, progress, Share())
+        else:
+            run_ranks(partial(_train_share, run, target.type, progress), devices, target.type)
+    except TrainingError as error:
+        raise _with_best(run, error, _used(target, devices)) from error
+    return _export(run, _state(run.out, BEST), run.out / RESULT, _used(target, devices))
 
 
 def _train_share(run: Run, kind: str, progress: bool, share: Share) -> None:
-    """Train on one device, alone or as one of several; the first does all that is seen."""
+    """Train on one device, alone or as one of several, of which the first reports."""
     first = share.rank == 0
     target = torch.device(kind, share.rank) if share.ranks > 1 and kind == "cuda" else kind
     with _memory(run, kind):
@@ -162,14 +165,12 @@ def _train_share(run: Run, kind: str, progress: bool, share: Share) -> None:
             )
         if first:
             _begin(run, *splits)
-        module, started = _make(run, splits[0], share)
-        if started and first and progress:
+        module = _make(run, splits[0], share)
+        if run.init is not None and first and progress:
+            started = head_of(run.initial().config, splits[0].classes, _head(splits[0]))
             tqdm.write(f"starting from {run.init}, {started}", file=sys.stderr)
-        clock = Progress(share.ranks)
         train_split, val_split = (split.to(torch.device(target)) for split in splits)
-        best = fit(run.out, module, clock, train_split, val_split, progress)
-    if first:
-        _export(run, best, clock, splits, torch.device(target), share.ranks, started)
+        fit(run.out, module, Progress(share.ranks), train_split, val_split, progress)
 
 
 def _load(run: Run, progress: bool) -> tuple[Split, Split]:
@@ -187,6 +188,7 @@ def _begin(run: Run, train: Split, val: Split) -> None:
     """Claim the folder for this run, or find that it is its own."""
     identity = run.identity() | {
         "classes": train.classes,
+        "head": _head(train),
         "train_images": len(train),
         "val_images": len(val),
     }
@@ -194,17 +196,20 @@ def _begin(run: Run, train: Split, val: Split) -> None:
     _claim(run.out, identity)
 
 
-def _make(run: Run, train: Split, share: Share) -> tuple[TrainingModule, str]:
-    """Return the model to train, equal in all processes, and what it starts from, if anything."""
+def _head(split: Split) -> str:
+    return "sigmoid" if split.multi_label else "softmax"
+
+
+def _make(run: Run, train: Split, share: Share) -> TrainingModule:
+    """Return the model to train, equal in all processes."""
     torch.manual_seed(run.recipe.seed)
     model: nn.Module = create_model(run.architecture, len(train.classes))
-    started = ""
     if run.init is not None:
-        started = start_from(model, run.initial(), train.classes, multi_label=train.multi_label)
+        start_from(model, run.initial(), train.classes, _head(train))
     strengths = run.recipe.augmentation
     augmentation = Augmentation(run.preprocess.mean, run.preprocess.std, strengths, share)
     weights = class_weights(train.labels, len(train.classes), run.recipe.class_weighting)
-    return TrainingModule(model, augmentation, run.recipe, weights), started
+    return TrainingModule(model, augmentation, run.recipe, weights)
 
 
 @contextmanager
@@ -220,7 +225,7 @@ def _memory(run: Run, kind: str) -> Iterator[None]:
             f"out of memory on {kind} with batch_size {run.recipe.batch_size} and input_size "
             f"{run.preprocess.input_size}",
             "a batch and images that fit",
-            "use a smaller --batch-size or --input-size; epochs that were finished are kept",
+            "use a smaller --batch-size or --input-size",
         ) from error
 
 
@@ -316,38 +321,62 @@ def _claim(out: Path, identity: dict[str, Any]) -> None:
         ) from error
 
 
-def _export(
-    run: Run,
-    best: Path,
-    clock: Progress,
-    splits: tuple[Split, Split],
-    device: torch.device,
-    devices: int,
-    started: str,
-) -> None:
-    train, val = splits
-    saved = torch.load(best, map_location="cpu", weights_only=True)
+def _export(run: Run, best: dict[str, Any], place: Path, used: str, ended: str = "") -> Checkpoint:
+    """Write the best epoch's state as a checkpoint, described by what the run's folder says."""
+    stated = json.loads((run.out / RUN_FILE).read_text(encoding="utf-8"))
+    classes, head = tuple(stated["classes"]), stated["head"]
     prefix = "average.module."
     weights = {
         key.removeprefix(prefix): tensor
-        for key, tensor in saved["state_dict"].items()
+        for key, tensor in best["state_dict"].items()
         if key.startswith(prefix)
     }
-    scores = next(state for state in saved["callbacks"].values() if state.get("monitor") == MONITOR)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    scores = next(state for state in best["callbacks"].values() if state.get("monitor") == MONITOR)
+    clock = Progress()
+    clock.load_state_dict(_state(run.out, STATE)["callbacks"][clock.state_key])
     metrics = {
         "val_accuracy": round(float(scores["best_model_score"]), 5),
-        "val_images": len(val),
-        "train_images": len(train),
-        "best_epoch": int(saved["epoch"]) + 1,
+        "val_images": stated["val_images"],
+        "train_images": stated["train_images"],
+        "best_epoch": int(best["epoch"]) + 1,
         "epochs": clock.epochs,
         "minutes": round(clock.seconds / 60, 1),
         "images_per_second": round(clock.images / max(clock.seconds, 1e-9)),
-        "device": name if devices == 1 else f"{devices} x {name}",
+        "device": used,
         "seed": run.recipe.seed,
         "torch": torch.__version__,
     }
     if run.init is not None:
-        metrics["init"] = f"{run.initial().config.weights_sha256}, {started}"
-    config = run.config(train.classes, metrics, multi_label=train.multi_label)
-    save_checkpoint(run.out / RESULT, config, weights, model_card(config, run.recipe), half=True)
+        before = run.initial().config
+        metrics["init"] = f"{before.weights_sha256}, {head_of(before, classes, head)}"
+    if ended:
+        metrics["ended_early"] = ended
+    config = run.config(classes, metrics, head)
+    return save_checkpoint(place, config, weights, model_card(config, run.recipe), half=True)
+
+
+def _with_best(run: Run, error: TrainingError, used: str) -> TrainingError:
+    """Keep the best epoch so far where it can be used, and let the error say where."""
+    if not all((run.out / f"{name}.ckpt").exists() for name in (STATE, BEST)):
+        kept = "no epoch was finished"
+    else:
+        best = _state(run.out, BEST)
+        epoch = int(best["epoch"]) + 1
+        place = run.out / f"best_epoch_{epoch}"
+        if not place.exists():
+            _export(run, best, place, used, error.problem)
+        kept = f"epoch {epoch}, the best before, is kept as a checkpoint, also for --init: {place}"
+    return TrainingError(error.problem, error.expected, f"{error.remedy}; {kept}")
+
+
+def _state(out: Path, name: str) -> dict[str, Any]:
+    """Open a state that Lightning wrote, without reading what is not used of it."""
+    saved: dict[str, Any] = torch.load(
+        out / f"{name}.ckpt", map_location="cpu", weights_only=True, mmap=True
+    )
+    return saved
+
+
+def _used(target: torch.device, devices: int) -> str:
+    name = torch.cuda.get_device_name(target) if target.type == "cuda" else "CPU"
+    return name if devices == 1 else f"{devices} x {name}"
