@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -108,6 +109,43 @@ def test_predict_json(
     assert first == {"image": cell, **expected.as_json()}
     assert second["image"] == __file__
     assert second["error"]["code"] == "decode_failed"
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_names_that_cannot_be_printed(
+    encoding: str, random_checkpoint: Path, cell: str, tmp_path: Path
+) -> None:
+    """One that is no UTF-8, and one of letters that the terminal may lack, before one like any."""
+    odd = [os.fsdecode(b"caf\xe9.png"), "\u00e9\U0001f52c.png", "cell.png"]
+    for name in odd:
+        shutil.copy(cell, tmp_path / name)
+    folder = tmp_path / "cells/train/blood"
+    folder.mkdir(parents=True)
+    (folder / odd[0]).write_bytes(b"no image")
+    (folder / odd[1]).write_bytes(b"no image")
+
+    def call(*arguments: str) -> tuple[int, str]:
+        done = subprocess.run(
+            [sys.executable, "-m", "mambamic", *arguments],
+            capture_output=True,
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONIOENCODING": f"{encoding}:strict", "PYTHONUTF8": "0"},
+        )
+        assert b"Traceback" not in done.stderr, done.stderr
+        return done.returncode, done.stdout.decode(encoding)
+
+    status, out = call("predict", str(random_checkpoint), *odd, "--json")
+    assert (status, [json.loads(line)["image"] for line in out.splitlines()]) == (0, odd)
+    status, out = call("predict", str(random_checkpoint), *odd)
+    assert (status, len(out.splitlines())) == (0, 3)
+    assert "caf\\udce9.png" in out
+    status, out = call("data", "check", "cells", "--json")
+    assert status == 1
+    assert {
+        Path(each["name"]).name for each in json.loads(out)["splits"]["train"]["unreadable"]
+    } == set(odd[:2])
+    status, out = call("data", "check", "cells")
+    assert "caf\\udce9.png" in out
 
 
 def test_a_batch_size_that_makes_no_sense(capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import codecs
 import errno
 import importlib
+import io
+import json
 import os
 import sys
 from collections.abc import Sequence
@@ -93,6 +96,21 @@ def _unwritable(error: OSError) -> MambamicError:
     )
 
 
+def _escape(error: UnicodeError) -> tuple[str, int]:
+    r"""Return what cannot be encoded as ``\uXXXX``, which within JSON means the same."""
+    assert isinstance(error, UnicodeEncodeError)
+    return json.dumps(error.object[error.start : error.end])[1:-1], error.end
+
+
+def _print_anything() -> None:
+    """Let no name of a file end a command: its bytes need not be text that a terminal knows."""
+    # Not Python's own backslashreplace, whose \xe9 is no JSON.
+    codecs.register_error("mambamic", _escape)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="mambamic")
+
+
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="mambamic", description="Microscopy image classification with state-space models."
@@ -113,6 +131,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status: 0, 1 (the work failed) or 2 (a wrong call)."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    _print_anything()
     try:
         args = _parse(arguments)
         return _command(args.command).run(args)
