@@ -179,6 +179,45 @@ def test_a_reader_that_has_enough(random_checkpoint: Path, cell: str, root: Path
     assert done.stderr == ""
 
 
+@pytest.mark.parametrize("command", [("onnx",), ("archive", "--out")])
+@pytest.mark.parametrize(
+    ("target", "said"),
+    [
+        ("a_file/x.onnx", "a_file is a file; expected a folder for "),
+        ("a_file/deeper/x.onnx", "a_file is a file; expected a folder for "),
+        ("folder.onnx", "folder.onnx is a folder; expected a file to write; give "),
+        (f"{'n' * 300}.onnx", " cannot be read or written (File name too long); expected a file"),
+    ],
+)
+def test_a_path_that_cannot_be_written(
+    command: tuple[str, ...],
+    target: str,
+    said: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "a_file").write_text("in the way")
+    (tmp_path / "folder.onnx").mkdir()
+    name, *option = command
+    # Told before the checkpoint is opened, and long before it is exported.
+    assert main([name, "no checkpoint", *option, str(tmp_path / target), "--force"]) == 2
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("target", ["a_file/x", "a_file", "n" * 300])
+def test_a_folder_that_cannot_be_made(
+    target: str,
+    upstream: tuple[Path, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "a_file").write_text("in the way")
+    weights, classes = map(str, upstream)
+    call = ["import", weights, "--arch", "mambamic_t", "--classes", classes, "--force"]
+    assert main([*call, "--out", str(tmp_path / target)]) == 2
+    assert "; expected " in capsys.readouterr().err
+
+
 def test_a_disk_that_is_full(root: Path) -> None:
     with Path("/dev/full").open("w") as full:
         done = subprocess.run(

@@ -84,11 +84,19 @@ def _missing(error: ModuleNotFoundError) -> UsageError:
 
 # What any command may meet wherever it writes, and what is no fault of the program.
 _CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+# Likewise, where a path cannot be what it was given for: a file in place of a folder, say.
+_WRONG_PATH = (errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG)
 
 
 def _unwritable(error: OSError) -> MambamicError:
     named = error.filename2 or error.filename
     what = "a file" if named is None else str(named)
+    if error.errno in _WRONG_PATH:
+        return UsageError(
+            f"{what} cannot be read or written ({error.strerror})",
+            "a file where one is wanted, in folders, with names that are not too long",
+            "give another path",
+        )
     return MambamicError(
         f"{what} cannot be read or written ({error.strerror})",
         "permission, and space on the disk",
@@ -147,7 +155,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except OSError as error:
-        if error.errno not in _CANNOT_WRITE:
+        if error.errno not in (*_CANNOT_WRITE, *_WRONG_PATH):
             raise
         return _report(_unwritable(error), arguments)
 
