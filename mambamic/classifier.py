@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from mambamic._version import __version__
+from mambamic.backends import BACKENDS
 from mambamic.checkpoint import Checkpoint, load_checkpoint
 from mambamic.errors import BackendError, ShapeError, UsageError
 from mambamic.graph.onnx import OnnxEngine, find_onnx, open_onnx
@@ -30,8 +31,6 @@ if TYPE_CHECKING:
     from mambamic.models.medmamba import MedMamba
 
 DTYPES = ("float32", "float16", "bfloat16")
-# Those of the scan under torch (``kernels.BACKENDS``), and what needs no torch.
-BACKENDS = ("auto", "reference", "cpu", "cuda", "mamba_ssm", "onnxruntime")
 
 
 class Classifier:
@@ -82,6 +81,10 @@ class Classifier:
         """
         if max_batch is not None and max_batch < 1:
             raise UsageError(f"max_batch {max_batch}", "at least 1", "give a larger one")
+        if backend not in BACKENDS:
+            raise UsageError(
+                f"backend {backend!r}", f"one of {', '.join(BACKENDS)}", "choose one of these"
+            )
         place = checkpoint.path if isinstance(checkpoint, Checkpoint) else Path(checkpoint)
         file = find_onnx(place, asked=backend == "onnxruntime")
         if file is not None:
