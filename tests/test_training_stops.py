@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,11 +17,13 @@ from typing import Any
 import pytest
 import torch
 
-from mambamic.checkpoint import OOD_FILE, load_checkpoint
+from mambamic.checkpoint import OOD_FILE, Checkpoint, load_checkpoint
 from mambamic.cli import main
 from mambamic.errors import TrainingError, UsageError
 from mambamic.evaluation.calibration import store_temperature
 from mambamic.preprocess import Preprocess
+from mambamic.training import result
+from mambamic.training.module import TrainingModule
 from mambamic.training.recipe import Strengths
 from mambamic.training.run import train
 
@@ -218,6 +221,37 @@ def test_the_best_epoch_before_a_failure_on_two_devices(data: Path, tmp_path: Pa
         train(run, device="cpu", devices=2, progress=False)
     config = load_checkpoint(tmp_path / "out/best_epoch_1").config
     assert config.metrics["device"] == "2 x CPU"
+
+
+def test_memory_is_free_again_where_the_best_epoch_before_is_written(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    modules: list[weakref.ref[TrainingModule]] = []
+
+    def loss(module: TrainingModule, *batch: torch.Tensor) -> torch.Tensor:
+        modules.append(weakref.ref(module))
+        if module.current_epoch == 1:
+            raise MemoryError
+        return whole(module, *batch)
+
+    def export(*arguments: Any) -> Checkpoint:
+        assert modules[0]() is None, "the model that there was no memory for is still held"
+        return written(*arguments)
+
+    whole, written = TrainingModule.loss, result.write_result
+    monkeypatch.setattr(TrainingModule, "loss", loss)
+    monkeypatch.setattr(result, "write_result", export)
+    out = tmp_path / "out"
+    said = rf"out of memory on cpu .* smaller --batch-size or --input-size; epoch 1, .*: {out}/best"
+    with pytest.raises(TrainingError, match=said):
+        train(run_in(data, out), device="cpu", progress=False)
+    assert load_checkpoint(out / "best_epoch_1").config.metrics["epochs"] == 1
+
+    shutil.rmtree(out / "best_epoch_1")
+    (out / "best.ckpt").write_bytes(b"")
+    said = r"out of memory on cpu .*; the best epoch before could not be made a checkpoint \("
+    with pytest.raises(TrainingError, match=said):
+        train(run_in(data, out), device="cpu", progress=False)
 
 
 _SHORT_OF_MEMORY = """

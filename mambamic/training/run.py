@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 from collections.abc import Iterator
@@ -16,28 +17,30 @@ from torch import nn
 from tqdm import tqdm
 
 from mambamic._version import __version__
-from mambamic.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from mambamic.checkpoint import Checkpoint, load_checkpoint
 from mambamic.config import Config
 from mambamic.errors import BackendError, DataError, TrainingError, UsageError
 from mambamic.kernels import resolve
 from mambamic.models import create_model
 from mambamic.preprocess import Preprocess
 from mambamic.training.augment import Augmentation
-from mambamic.training.card import model_card, restate
+from mambamic.training.card import restate
 from mambamic.training.data import Split, load_split
-from mambamic.training.fit import BEST, MONITOR, STATE, Progress, fit
+from mambamic.training.fit import BEST, STATE, Progress, fit
 from mambamic.training.initial import check_initial, head_of, start_from
 from mambamic.training.loss import class_weights
 from mambamic.training.module import TrainingModule
 from mambamic.training.ranks import run_ranks
 from mambamic.training.recipe import Recipe
+from mambamic.training.result import RUN_FILE, name_of, open_state, with_best, write_result
 from mambamic.training.share import Share
 
-RUN_FILE = "run.json"
 RESULT = "checkpoint"
 # What torch says, in a plain RuntimeError, of memory that it does not get on a CPU, or on a GPU
 # outside its own allocator.
-_NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
+_NO_MEMORY = (
+    *("can't allocate memory", "Cannot allocate memory", "not enough memory", "out of memory"),
+)
 
 
 @dataclass(frozen=True)
@@ -143,14 +146,19 @@ def train(run: Run, *, device: str = "auto", devices: int = 1, progress: bool = 
     _compare(run.out, run.identity() | named)
     if (run.out / RESULT).exists():
         return restate(load_checkpoint(run.out / RESULT), run.said())
+    failed = None
     try:
         if devices == 1:
             _train_share(run, target.type, progress, Share())
         else:
             run_ranks(partial(_train_share, run, target.type, progress), devices, target.type)
     except TrainingError as error:
-        raise _with_best(run, error, _used(target, devices)) from error
-    return _export(run, _state(run.out, BEST), run.out / RESULT, _used(target, devices))
+        # Without its traceback, whose frames hold the images and the model: memory may be short.
+        failed = TrainingError(error.problem, error.expected, error.remedy)
+    if failed is not None:
+        gc.collect()
+        raise with_best(run, failed, name_of(target, devices))
+    return write_result(run, open_state(run.out, BEST), run.out / RESULT, name_of(target, devices))
 
 
 def _train_share(run: Run, kind: str, progress: bool, share: Share) -> None:
@@ -319,64 +327,3 @@ def _claim(out: Path, identity: dict[str, Any]) -> None:
         raise UsageError(
             f"{out} cannot be written ({error.strerror})", "a folder", "give another --out"
         ) from error
-
-
-def _export(run: Run, best: dict[str, Any], place: Path, used: str, ended: str = "") -> Checkpoint:
-    """Write the best epoch's state as a checkpoint, described by what the run's folder says."""
-    stated = json.loads((run.out / RUN_FILE).read_text(encoding="utf-8"))
-    classes, head = tuple(stated["classes"]), stated["head"]
-    prefix = "average.module."
-    weights = {
-        key.removeprefix(prefix): tensor
-        for key, tensor in best["state_dict"].items()
-        if key.startswith(prefix)
-    }
-    scores = next(state for state in best["callbacks"].values() if state.get("monitor") == MONITOR)
-    clock = Progress()
-    clock.load_state_dict(_state(run.out, STATE)["callbacks"][clock.state_key])
-    metrics = {
-        "val_accuracy": round(float(scores["best_model_score"]), 5),
-        "val_images": stated["val_images"],
-        "train_images": stated["train_images"],
-        "best_epoch": int(best["epoch"]) + 1,
-        "epochs": clock.epochs,
-        "minutes": round(clock.seconds / 60, 1),
-        "images_per_second": round(clock.images / max(clock.seconds, 1e-9)),
-        "device": used,
-        "seed": run.recipe.seed,
-        "torch": torch.__version__,
-    }
-    if run.init is not None:
-        before = run.initial().config
-        metrics["init"] = f"{before.weights_sha256}, {head_of(before, classes, head)}"
-    if ended:
-        metrics["ended_early"] = ended
-    config = run.config(classes, metrics, head)
-    return save_checkpoint(place, config, weights, model_card(config, run.recipe), half=True)
-
-
-def _with_best(run: Run, error: TrainingError, used: str) -> TrainingError:
-    """Keep the best epoch so far where it can be used, and let the error say where."""
-    if not all((run.out / f"{name}.ckpt").exists() for name in (STATE, BEST)):
-        kept = "no epoch was finished"
-    else:
-        best = _state(run.out, BEST)
-        epoch = int(best["epoch"]) + 1
-        place = run.out / f"best_epoch_{epoch}"
-        if not place.exists():
-            _export(run, best, place, used, error.problem)
-        kept = f"epoch {epoch}, the best before, is kept as a checkpoint, also for --init: {place}"
-    return TrainingError(error.problem, error.expected, f"{error.remedy}; {kept}")
-
-
-def _state(out: Path, name: str) -> dict[str, Any]:
-    """Open a state that Lightning wrote, without reading what is not used of it."""
-    saved: dict[str, Any] = torch.load(
-        out / f"{name}.ckpt", map_location="cpu", weights_only=True, mmap=True
-    )
-    return saved
-
-
-def _used(target: torch.device, devices: int) -> str:
-    name = torch.cuda.get_device_name(target) if target.type == "cuda" else "CPU"
-    return name if devices == 1 else f"{devices} x {name}"
