@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mambamic.backends import SCAN_BACKENDS
 from mambamic.errors import BackendError, ShapeError, UsageError
 from mambamic.kernels import cpu, cuda, cuda_backward, mamba_ssm, reference
 
-BACKENDS = ("auto", "reference", "cpu", "cuda", "mamba_ssm")
 _NATIVE: dict[str, ModuleType] = {"cpu": cpu, "cuda": cuda, "mamba_ssm": mamba_ssm}
 _DEVICE = {"cpu": "cpu", "cuda": "cuda", "mamba_ssm": "cuda"}
 
@@ -41,9 +41,9 @@ def resolve(backend: str, device: torch.device) -> str:
         UsageError: There is no backend of this name.
         BackendError: It is not available, or works on another device.
     """
-    if backend not in BACKENDS:
+    if backend not in SCAN_BACKENDS:
         raise UsageError(
-            f"scan backend {backend!r}", f"one of {', '.join(BACKENDS)}", "choose one of these"
+            f"scan backend {backend!r}", f"one of {', '.join(SCAN_BACKENDS)}", "choose one of these"
         )
     if backend == "reference":
         return backend
@@ -85,7 +85,7 @@ def selective_scan_2d(
         dt_bias: (K, D).
         A: (K, D, N), negative.
         skip: (K, D).
-        backend: One of ``BACKENDS``.
+        backend: One of ``SCAN_BACKENDS``.
 
     Returns:
         (B, H, W, D) in the dtype of ``x``; states are float32 (float64 in the reference).

@@ -16,11 +16,12 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from mambamic._version import __version__
+from mambamic.backends import BACKENDS
 from mambamic.checkpoint import Checkpoint, load_checkpoint
 from mambamic.errors import BackendError, ShapeError, UsageError
 from mambamic.graph.onnx import OnnxEngine, find_onnx, open_onnx
 from mambamic.images import to_rgb
-from mambamic.ood import load_detector
+from mambamic.ood import Detector, load_detector
 from mambamic.prediction import Prediction
 from mambamic.preprocess import Pixels
 
@@ -30,15 +31,15 @@ if TYPE_CHECKING:
     from mambamic.models.medmamba import MedMamba
 
 DTYPES = ("float32", "float16", "bfloat16")
-# Those of the scan under torch (``kernels.BACKENDS``), and what needs no torch.
-BACKENDS = ("auto", "reference", "cpu", "cuda", "mamba_ssm", "onnxruntime")
 
 
 class Classifier:
     """A checkpoint on a device, ready to classify. Made by ``Classifier.load``."""
 
-    def __init__(self, checkpoint: Checkpoint, engine: TorchEngine | OnnxEngine) -> None:
-        self._detector = load_detector(checkpoint)
+    def __init__(
+        self, checkpoint: Checkpoint, engine: TorchEngine | OnnxEngine, detector: Detector | None
+    ) -> None:
+        self._detector = detector
         self._engine = engine
         self.config = checkpoint.config
         self.preprocess = checkpoint.config.preprocess
@@ -58,6 +59,7 @@ class Classifier:
         dtype: str = "auto",
         *,
         max_batch: int | None = None,
+        detect: bool = True,
     ) -> Classifier:
         """Load a checkpoint onto a device.
 
@@ -69,14 +71,20 @@ class Classifier:
             dtype: ``auto`` (float32 on a CPU, float16 on a GPU), ``float32``, ``float16`` or
                 ``bfloat16``. Norms, state-space parameters and states stay float32.
             max_batch: Larger batches are split; by default 32 on a CPU, 256 on a GPU.
+            detect: Read the detector of images of another kind, where the checkpoint has one.
 
         Raises:
-            CheckpointError: The checkpoint is damaged, or its weights do not fit its config.
+            CheckpointError: The checkpoint or its detector is damaged, or its weights do not fit
+                its config.
             BackendError: The device or the backend is not available here.
             UsageError: A name that does not exist.
         """
         if max_batch is not None and max_batch < 1:
             raise UsageError(f"max_batch {max_batch}", "at least 1", "give a larger one")
+        if backend not in BACKENDS:
+            raise UsageError(
+                f"backend {backend!r}", f"one of {', '.join(BACKENDS)}", "choose one of these"
+            )
         place = checkpoint.path if isinstance(checkpoint, Checkpoint) else Path(checkpoint)
         file = find_onnx(place, asked=backend == "onnxruntime")
         if file is not None:
@@ -87,12 +95,14 @@ class Classifier:
                     "leave the backend out, or give the checkpoint that the file was made from",
                 )
             onnx = open_onnx(file)
-            return cls(onnx.checkpoint, OnnxEngine(onnx, device, dtype, max_batch))
+            detector = load_detector(onnx.checkpoint) if detect else None
+            return cls(onnx.checkpoint, OnnxEngine(onnx, device, dtype, max_batch), detector)
         # Here, because a torch-free installation classifies, too.
         from mambamic.engine import TorchEngine
 
         opened = checkpoint if isinstance(checkpoint, Checkpoint) else load_checkpoint(checkpoint)
-        return cls(opened, TorchEngine(opened, device, backend, dtype, max_batch))
+        detector = load_detector(opened) if detect else None
+        return cls(opened, TorchEngine(opened, device, backend, dtype, max_batch), detector)
 
     def predict(self, images: Sequence[Image.Image | Pixels]) -> list[Prediction]:
         """Classify images.

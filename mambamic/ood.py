@@ -19,6 +19,7 @@ from PIL import Image
 from mambamic.checkpoint import OOD_FILE, Checkpoint, write_file
 from mambamic.errors import CheckpointError, DataError
 
+MINIMUM = 50  # images to fit a detector to
 SHARE = 0.95  # of the validation images that count as known
 _SHRINKAGE = 0.1  # towards a sphere: there are hardly more images than channels
 _FOLDS = 5
@@ -78,11 +79,13 @@ def fit_detector(embeddings: Embeddings, labels: NDArray[np.int64]) -> Detector:
         labels: (N,), or (N, classes) of 0 and 1, of which each combination is a class.
 
     Raises:
-        DataError: There are fewer than 50 images.
+        DataError: There are fewer than ``MINIMUM`` images.
     """
-    if len(embeddings) < 50:
+    if len(embeddings) < MINIMUM:
         raise DataError(
-            f"{len(embeddings)} validation images", "at least 50", "hold back more images"
+            f"{len(embeddings)} images to fit a detector to",
+            f"at least {MINIMUM}",
+            "hold back more images",
         )
     groups = np.unique(labels, axis=0, return_inverse=True)[1].reshape(-1)
     folds = np.arange(len(embeddings)) % _FOLDS

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -110,6 +111,43 @@ def test_predict_json(
     assert second["error"]["code"] == "decode_failed"
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_names_that_cannot_be_printed(
+    encoding: str, random_checkpoint: Path, cell: str, tmp_path: Path
+) -> None:
+    """One that is no UTF-8, and one of letters that the terminal may lack, before one like any."""
+    odd = [os.fsdecode(b"caf\xe9.png"), "\u00e9\U0001f52c.png", "cell.png"]
+    for name in odd:
+        shutil.copy(cell, tmp_path / name)
+    folder = tmp_path / "cells/train/blood"
+    folder.mkdir(parents=True)
+    (folder / odd[0]).write_bytes(b"no image")
+    (folder / odd[1]).write_bytes(b"no image")
+
+    def call(*arguments: str) -> tuple[int, str]:
+        done = subprocess.run(
+            [sys.executable, "-m", "mambamic", *arguments],
+            capture_output=True,
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONIOENCODING": f"{encoding}:strict", "PYTHONUTF8": "0"},
+        )
+        assert b"Traceback" not in done.stderr, done.stderr
+        return done.returncode, done.stdout.decode(encoding)
+
+    status, out = call("predict", str(random_checkpoint), *odd, "--json")
+    assert (status, [json.loads(line)["image"] for line in out.splitlines()]) == (0, odd)
+    status, out = call("predict", str(random_checkpoint), *odd)
+    assert (status, len(out.splitlines())) == (0, 3)
+    assert "caf\\udce9.png" in out
+    status, out = call("data", "check", "cells", "--json")
+    assert status == 1
+    assert {
+        Path(each["name"]).name for each in json.loads(out)["splits"]["train"]["unreadable"]
+    } == set(odd[:2])
+    status, out = call("data", "check", "cells")
+    assert "caf\\udce9.png" in out
+
+
 def test_a_batch_size_that_makes_no_sense(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as status:
         main(["predict", "nowhere", "x.png", "--batch-size", "0"])
@@ -139,6 +177,45 @@ def test_a_reader_that_has_enough(random_checkpoint: Path, cell: str, root: Path
     )
     assert len(done.stdout) == 5
     assert done.stderr == ""
+
+
+@pytest.mark.parametrize("command", [("onnx",), ("archive", "--out")])
+@pytest.mark.parametrize(
+    ("target", "said"),
+    [
+        ("a_file/x.onnx", "a_file is a file; expected a folder for "),
+        ("a_file/deeper/x.onnx", "a_file is a file; expected a folder for "),
+        ("folder.onnx", "folder.onnx is a folder; expected a file to write; give "),
+        (f"{'n' * 300}.onnx", " cannot be read or written (File name too long); expected a file"),
+    ],
+)
+def test_a_path_that_cannot_be_written(
+    command: tuple[str, ...],
+    target: str,
+    said: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "a_file").write_text("in the way")
+    (tmp_path / "folder.onnx").mkdir()
+    name, *option = command
+    # Told before the checkpoint is opened, and long before it is exported.
+    assert main([name, "no checkpoint", *option, str(tmp_path / target), "--force"]) == 2
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("target", ["a_file/x", "a_file", "n" * 300])
+def test_a_folder_that_cannot_be_made(
+    target: str,
+    upstream: tuple[Path, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "a_file").write_text("in the way")
+    weights, classes = map(str, upstream)
+    call = ["import", weights, "--arch", "mambamic_t", "--classes", classes, "--force"]
+    assert main([*call, "--out", str(tmp_path / target)]) == 2
+    assert "; expected " in capsys.readouterr().err
 
 
 def test_a_disk_that_is_full(root: Path) -> None:

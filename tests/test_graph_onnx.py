@@ -14,11 +14,9 @@ import pytest
 
 from mambamic import Classifier
 from mambamic.checkpoint import CARD_FILE, CONFIG_FILE, load_checkpoint
-from mambamic.classifier import BACKENDS
 from mambamic.errors import BackendError, CheckpointError, UsageError
 from mambamic.export.onnx_export import write_onnx
 from mambamic.export.onnx_verify import random_pixels
-from mambamic.kernels import BACKENDS as SCAN_BACKENDS
 from mambamic.ood import fit_detector, store_detector
 
 
@@ -147,7 +145,3 @@ def test_what_is_refused(random_checkpoint: Path, file: Path, tmp_path: Path) ->
     floats = write_onnx(load_checkpoint(random_checkpoint), tmp_path / "f.onnx", float_input=True)
     with pytest.raises(CheckpointError, match="float32 NCHW"):
         Classifier.load(floats)
-
-
-def test_the_names_of_backends_are_those_of_the_scan_and_one_more() -> None:
-    assert (*SCAN_BACKENDS, "onnxruntime") == BACKENDS

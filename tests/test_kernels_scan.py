@@ -17,8 +17,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mambamic import create_model
+from mambamic.backends import SCAN_BACKENDS
 from mambamic.errors import BackendError, ShapeError, UsageError
-from mambamic.kernels import BACKENDS, cuda, describe, mamba_ssm, resolve, scan, status
+from mambamic.kernels import cuda, describe, mamba_ssm, resolve, scan, status
 from mambamic.kernels import selective_scan_2d as dispatch
 from mambamic.models import set_scan_backend
 from mambamic.models.mambamic import MambaMIC, MambaMICConfig
@@ -68,7 +69,7 @@ def test_what_a_gpu_gets() -> None:
 
 
 def test_a_name_that_does_not_exist() -> None:
-    with pytest.raises(UsageError, match=f"scan backend 'tpu'.*one of {', '.join(BACKENDS)}"):
+    with pytest.raises(UsageError, match=f"scan backend 'tpu'.*one of {', '.join(SCAN_BACKENDS)}"):
         dispatch(*inputs(*SIZE), backend="tpu")
 
 

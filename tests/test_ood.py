@@ -60,7 +60,7 @@ def test_what_is_no_number_is_unknown() -> None:
 
 
 def test_too_few_images() -> None:
-    with pytest.raises(DataError, match="49 validation images"):
+    with pytest.raises(DataError, match="49 images to fit a detector to; expected at least 50"):
         fit_detector(*clusters(49, 0))
 
 
@@ -111,14 +111,17 @@ def test_a_detector_goes_with_the_checkpoint_into_predictions_and_archives(
     assert plain.in_distribution is None
     assert "in_distribution" not in plain.as_json()
 
-    outliers = tmp_path / "flat"
-    outliers.mkdir()
-    Image.new("RGB", (64, 64), (0, 255, 0)).save(outliers / "green.png")
-    call = ["ood", str(checkpoint), str(data), "--report", "--outliers", str(outliers)]
+    # Of one name, and that of a kind which the report makes itself.
+    outliers = [tmp_path / parent / "blank" for parent in ("one", "other")]
+    for folder in outliers:
+        folder.mkdir(parents=True)
+        Image.new("RGB", (64, 64), (0, 255, 0)).save(folder / "green.png")
+    call = ["ood", str(checkpoint), str(data), "--report", "--outliers", *map(str, outliers)]
     assert main([*call, "--device", "cpu"]) == 0
     printed = capsys.readouterr().out
-    assert [line.split("  ")[0] for line in printed.splitlines()[:6]] == [
-        *("images", "held-out", "blank", "half scale", "double scale", "flat")
+    assert [line.split("  ")[0].rstrip() for line in printed.splitlines()[:7]] == [
+        *("images", "held-out", "blank", "half scale", "double scale"),
+        *map(str, outliers),
     ]
     assert printed.splitlines()[-1] == f"{checkpoint / OOD_FILE}: fitted to 104 images"
 
@@ -157,8 +160,67 @@ def test_a_detector_is_bound_to_its_weights(checkpoint: Path, tmp_path: Path) ->
         load_detector(opened)
 
 
+@pytest.mark.parametrize("bad", [b"junk", None])
+def test_a_bad_detector_is_mended_as_its_error_says(
+    checkpoint: Path, data: Path, bad: bytes | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tile = str(next((data / "val").rglob("*.png")))
+    other = fit_detector(*clusters(200, 0)).to_bytes("0" * 64)
+    (checkpoint / OOD_FILE).write_bytes(other if bad is None else bad)
+    assert main(["predict", str(checkpoint), tile, "--device", "cpu"]) == 1
+    assert "fit the detector anew by: mambamic ood CHECKPOINT DATA" in capsys.readouterr().err
+    assert main(["ood", str(checkpoint), str(data), "--device", "cpu"]) == 0
+    assert main(["predict", str(checkpoint), tile, "--device", "cpu", "--json"]) == 0
+    assert "ood_score" in json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
 def test_outliers_without_a_report(
     checkpoint: Path, data: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["ood", str(checkpoint), str(data), "--outliers", str(data)]) == 2
     assert "--report" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("again", ["flat", "flat/", "./flat"])
+def test_outliers_given_twice(
+    again: str, checkpoint: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["ood", str(checkpoint), str(data), "--report", "--outliers", "flat", again]) == 2
+    assert "--outliers has flat twice; expected each folder once" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("images", "report", "said"),
+    [
+        (49, [], "49 images in split 'val' of {}; expected at least 50 to fit to; hold back more"),
+        (98, ["--report"], "98 images in split 'val' of {}; expected at least 99 to fit to every"),
+    ],
+)
+def test_the_number_of_images_that_are_needed(
+    images: int,
+    report: list[str],
+    said: str,
+    checkpoint: Path,
+    data: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    fewer = shutil.copytree(data, tmp_path / "fewer")
+    for path in sorted(fewer.rglob("*.png"))[images:]:
+        path.unlink()
+    assert main(["ood", str(checkpoint), str(fewer), *report, "--device", "cpu"]) == 1
+    assert said.format(fewer) in capsys.readouterr().err
+    assert not (checkpoint / OOD_FILE).exists()
+
+
+def test_embedding_takes_a_bar(
+    checkpoint: Path,
+    data: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    assert main(["ood", str(checkpoint), str(data), "--report", "--device", "cpu"]) == 0
+    shown = capsys.readouterr().err
+    assert "embedding val: 100%" in shown
+    assert "embedding double scale: 100%" in shown

@@ -2,13 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from mambamic import kernels
 from mambamic.cli import main
-from mambamic.cli.serve_command import BACKENDS
-
-
-def test_the_backends_are_those_that_there_are() -> None:
-    assert sorted(BACKENDS) == sorted(kernels.BACKENDS)
 
 
 @pytest.mark.parametrize(

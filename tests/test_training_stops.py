@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,10 +17,13 @@ from typing import Any
 import pytest
 import torch
 
-from mambamic.checkpoint import load_checkpoint
+from mambamic.checkpoint import OOD_FILE, Checkpoint, load_checkpoint
 from mambamic.cli import main
 from mambamic.errors import TrainingError, UsageError
+from mambamic.evaluation.calibration import store_temperature
 from mambamic.preprocess import Preprocess
+from mambamic.training import result
+from mambamic.training.module import TrainingModule
 from mambamic.training.recipe import Strengths
 from mambamic.training.run import train
 
@@ -144,7 +148,8 @@ def test_batches_that_devices_cannot_share(data: Path, tmp_path: Path) -> None:
 def test_a_learning_rate_that_is_too_large(data: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     wild = replace(RECIPE, learning_rate=1e30, clip_norm=0.0, warmup_epochs=0)
-    with pytest.raises(TrainingError, match=r"epoch \d .*1e\+30.*smaller --learning-rate"):
+    said = r"epoch \d .*1e\+30.*smaller --learning-rate; no epoch was finished$"
+    with pytest.raises(TrainingError, match=said):
         train(run_in(data, out, recipe=wild), device="cpu", progress=False)
     assert not (out / "checkpoint").exists()
     assert not (out / "last.ckpt").exists(), "a state without a future is kept"
@@ -175,6 +180,78 @@ def test_a_late_failure_keeps_the_last_good_state(
     torch.save(saved, out / "last.ckpt")
     train(run, device="cpu", progress=False)
     assert measured(out)["epochs"] == 6
+
+
+def test_the_best_epoch_before_a_failure_is_a_checkpoint_like_any_other(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, place = tmp_path / "out", tmp_path / "out/best_epoch_1"
+    # One step an epoch; the second is so large that no number is left after it.
+    wild = [*("--batch-size", "8", "--learning-rate", "1e30", "--warmup-start", "1e-33")]
+    call = [*command(data, out), *wild, "--clip-norm", "0", "--licence", "MIT"]
+    assert main(call) == 1
+    said = capsys.readouterr().err
+    assert "not a finite number since step 1 of epoch 2 (learning_rate 1e+30)" in said
+    assert said.endswith(f"is kept as a checkpoint, also for --init: {place}\n")
+    assert epochs_done(out) == 1, "an epoch that is no good was kept"
+    before = place.stat().st_ino
+    assert main(call) == 1, "it was trained again"
+    assert capsys.readouterr().err == said
+    assert place.stat().st_ino == before
+
+    kept = load_checkpoint(place)
+    assert (kept.config.classes, kept.config.licence) == (("blood", "stain"), "MIT")
+    assert (kept.config.metrics["best_epoch"], kept.config.metrics["epochs"]) == (1, 1)
+    assert "Training ended before its time: the loss or its gradient is not" in kept.card()
+    cell = str(data / "val/blood/0.png")
+    assert main(["predict", str(place), cell, "--device", "cpu"]) == 0
+    evaluated = ["evaluate", str(place), str(data), "--split", "val", "--bootstrap", "10"]
+    assert main([*evaluated, "--device", "cpu", "--out", str(tmp_path / "evaluation")]) == 0
+    tuned = [*command(data, tmp_path / "tuned"), "--epochs", "2", "--init", str(place)]
+    assert main(tuned) == 0
+    card = load_checkpoint(tmp_path / "tuned/checkpoint").card()
+    assert f"Started from: {kept.config.weights_sha256}, with its head of 2 classes" in card
+    assert "ended before" not in card
+
+
+def test_the_best_epoch_before_a_failure_on_two_devices(data: Path, tmp_path: Path) -> None:
+    wild = replace(RECIPE, batch_size=8, learning_rate=1e30, warmup_start=1e-33, clip_norm=0.0)
+    run = run_in(data, tmp_path / "out", recipe=wild)
+    with pytest.raises(TrainingError, match=r"best_epoch_1$"):
+        train(run, device="cpu", devices=2, progress=False)
+    config = load_checkpoint(tmp_path / "out/best_epoch_1").config
+    assert config.metrics["device"] == "2 x CPU"
+
+
+def test_memory_is_free_again_where_the_best_epoch_before_is_written(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    modules: list[weakref.ref[TrainingModule]] = []
+
+    def loss(module: TrainingModule, *batch: torch.Tensor) -> torch.Tensor:
+        modules.append(weakref.ref(module))
+        if module.current_epoch == 1:
+            raise MemoryError
+        return whole(module, *batch)
+
+    def export(*arguments: Any) -> Checkpoint:
+        assert modules[0]() is None, "the model that there was no memory for is still held"
+        return written(*arguments)
+
+    whole, written = TrainingModule.loss, result.write_result
+    monkeypatch.setattr(TrainingModule, "loss", loss)
+    monkeypatch.setattr(result, "write_result", export)
+    out = tmp_path / "out"
+    said = rf"out of memory on cpu .* smaller --batch-size or --input-size; epoch 1, .*: {out}/best"
+    with pytest.raises(TrainingError, match=said):
+        train(run_in(data, out), device="cpu", progress=False)
+    assert load_checkpoint(out / "best_epoch_1").config.metrics["epochs"] == 1
+
+    shutil.rmtree(out / "best_epoch_1")
+    (out / "best.ckpt").write_bytes(b"")
+    said = r"out of memory on cpu .*; the best epoch before could not be made a checkpoint \("
+    with pytest.raises(TrainingError, match=said):
+        train(run_in(data, out), device="cpu", progress=False)
 
 
 _SHORT_OF_MEMORY = """
@@ -238,6 +315,31 @@ def test_a_finished_run_can_be_described_anew(data: Path, finished: Path, tmp_pa
     assert checkpoint.config == expected == load_checkpoint(out / "checkpoint").config
     assert "- Licence: CC-BY-4.0" in checkpoint.card()
     assert epochs_logged(out) == epochs_logged(finished)
+
+
+def test_what_was_stored_since_survives_the_same_command(
+    data: Path, finished: Path, tmp_path: Path
+) -> None:
+    out = shutil.copytree(finished, tmp_path / "copy")
+    given = ["--licence", "CC-BY-4.0", "--mpp", "0.25", "--about", "Two colours"]
+    assert main([*command(data, out), *given]) == 0
+    place = out / "checkpoint"
+    store_temperature(load_checkpoint(place), 1.5)
+    (place / OOD_FILE).write_bytes(b"a detector")
+    card = (place / "README.md").read_text()
+    (place / "README.md").write_text(card + "\nBy hand.\n")
+    before = {path: path.read_bytes() for path in place.iterdir()}
+
+    assert main(command(data, out)) == 0
+    assert {path: path.read_bytes() for path in place.iterdir()} == before
+    assert main([*command(data, out), "--licence", "MIT"]) == 0
+    config = load_checkpoint(place).config
+    assert (config.licence, config.mpp, config.training_data) == ("MIT", 0.25, "Two colours")
+    assert config.temperature == 1.5
+    changed = {path.name for path, was in before.items() if path.read_bytes() != was}
+    assert changed == {"config.json", "README.md"}
+    expected = card.replace("- Licence: CC-BY-4.0", "- Licence: MIT") + "\nBy hand.\n"
+    assert (place / "README.md").read_text() == expected
 
 
 def test_a_lost_result_is_written_again(data: Path, finished: Path, tmp_path: Path) -> None:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import codecs
 import errno
 import importlib
+import io
+import json
 import os
 import sys
 from collections.abc import Sequence
@@ -81,16 +84,39 @@ def _missing(error: ModuleNotFoundError) -> UsageError:
 
 # What any command may meet wherever it writes, and what is no fault of the program.
 _CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+# Likewise, where a path cannot be what it was given for: a file in place of a folder, say.
+_WRONG_PATH = (errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG)
 
 
 def _unwritable(error: OSError) -> MambamicError:
     named = error.filename2 or error.filename
     what = "a file" if named is None else str(named)
+    if error.errno in _WRONG_PATH:
+        return UsageError(
+            f"{what} cannot be read or written ({error.strerror})",
+            "a file where one is wanted, in folders, with names that are not too long",
+            "give another path",
+        )
     return MambamicError(
         f"{what} cannot be read or written ({error.strerror})",
         "permission, and space on the disk",
         "free some, or give another folder; what was finished before is kept",
     )
+
+
+def _escape(error: UnicodeError) -> tuple[str, int]:
+    r"""Return what cannot be encoded as ``\uXXXX``, which within JSON means the same."""
+    assert isinstance(error, UnicodeEncodeError)
+    return json.dumps(error.object[error.start : error.end])[1:-1], error.end
+
+
+def _print_anything() -> None:
+    """Let no name of a file end a command: its bytes need not be text that a terminal knows."""
+    # Not Python's own backslashreplace, whose \xe9 is no JSON.
+    codecs.register_error("mambamic", _escape)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="mambamic")
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -113,6 +139,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status: 0, 1 (the work failed) or 2 (a wrong call)."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    _print_anything()
     try:
         args = _parse(arguments)
         return _command(args.command).run(args)
@@ -128,7 +155,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except OSError as error:
-        if error.errno not in _CANNOT_WRITE:
+        if error.errno not in (*_CANNOT_WRITE, *_WRONG_PATH):
             raise
         return _report(_unwritable(error), arguments)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from mambamic.errors import UsageError
+from mambamic.cli.arguments import check_target
 from mambamic.export.archive import FORMATS, write_archive
 
 DESCRIPTION = """\
@@ -38,8 +38,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Write the archive and print its path."""
     out = args.out or Path(f"{args.name}.mar")
-    if out.exists() and not args.force:
-        raise UsageError(f"{out} exists", "a new file", "give --force, or another --out")
+    check_target(out, force=args.force)
     written = write_archive(
         args.checkpoint,
         out,

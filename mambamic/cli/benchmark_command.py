@@ -6,13 +6,13 @@ import argparse
 import json
 from pathlib import Path
 
+from mambamic.backends import SCAN_BACKENDS
 from mambamic.benchmark.report import lines
 from mambamic.benchmark.suite import MODELS, PARTS, Options, Suite
 from mambamic.benchmark.timing import Timing
 from mambamic.classifier import DTYPES
 from mambamic.cli.arguments import positive
 from mambamic.errors import UsageError
-from mambamic.kernels import BACKENDS
 
 DESCRIPTION = """\
 Measure throughput (a stream of batches) and latency (one image) from uint8 pixels on the host to
@@ -38,7 +38,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
              f"(default: {' '.join(MODELS)})")  # fmt: skip
     add("--only", nargs="+", choices=PARTS, default=PARTS, help="measure only these")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
-    add("--backend", default="auto", choices=BACKENDS, help="of the scan (default: %(default)s)")
+    add("--backend", default="auto", choices=SCAN_BACKENDS, help="of the scan (default: auto)")
     add("--dtype", default="auto", choices=("auto", *DTYPES), help="default: %(default)s")
     add("--batches", type=positive, nargs="+", metavar="N",
         help="of the throughput (default: 1 32 128 256 on a GPU, 1 8 on a CPU)")  # fmt: skip

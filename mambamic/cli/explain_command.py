@@ -9,12 +9,12 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from mambamic.backends import SCAN_BACKENDS
 from mambamic.classifier import Classifier
 from mambamic.errors import DecodeError, MambamicError, UsageError
 from mambamic.explain.explanation import METHODS, STAGES, Explanation, Question
 from mambamic.explain.overlay import encode, overlay
 from mambamic.images import decode
-from mambamic.kernels import BACKENDS
 
 DESCRIPTION = """\
 Show where in an image the evidence for a class lies: for each image a PNG of its own size with a
@@ -45,7 +45,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--class", dest="label", metavar="NAME", help="class to explain (default: the predicted)")
     add("--stage", type=int, choices=STAGES, help="of grad-cam (default: the last, 4)")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
-    add("--backend", default="auto", choices=BACKENDS, help="of the scan (default: %(default)s)")
+    add("--backend", default="auto", choices=SCAN_BACKENDS, help="of the scan (default: auto)")
     add("--json", action="store_true", help="print a JSON object per image, all classes in it")
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from mambamic.checkpoint import Checkpoint, load_checkpoint
+from mambamic.cli.arguments import check_target
 from mambamic.decoding import DecodePool
 from mambamic.errors import MambamicError, UsageError
 from mambamic.preprocess import Pixels
@@ -49,8 +50,7 @@ def run(args: argparse.Namespace) -> int:
     """Write the file; return 1 if it was to be verified and differs from torch."""
     if args.out.suffix != ".onnx":
         raise UsageError(f"{args.out}", "a name that ends in .onnx", "give another name")
-    if args.out.exists() and not args.force:
-        raise UsageError(f"{args.out} exists", "a new file", "give --force, or another name")
+    check_target(args.out, force=args.force)
     if args.images and not args.verify:
         raise UsageError("--images without --verify", "both", "add --verify")
     from mambamic.export.onnx_export import write_onnx

@@ -48,14 +48,13 @@ def run(args: argparse.Namespace) -> int:
     """Fit, store, and print what was found."""
     from mambamic.checkpoint import load_checkpoint
     from mambamic.classifier import Classifier
-    from mambamic.errors import UsageError
     from mambamic.ood import fit_detector, store_detector
     from mambamic.training.data import load_split
 
-    if args.outliers and not args.report:
-        raise UsageError("--outliers alone", "--report beside it", "add --report")
+    _check_outliers(args)
     checkpoint = load_checkpoint(args.checkpoint)
-    classifier = Classifier.load(checkpoint, args.device)
+    # Not with an earlier detector: this may be the call that is to replace a bad one.
+    classifier = Classifier.load(checkpoint, args.device, detect=False)
     config = checkpoint.config
     split = load_split(
         args.data,
@@ -64,13 +63,59 @@ def run(args: argparse.Namespace) -> int:
         classes=config.classes,
         progress=sys.stderr.isatty(),
     )
-    embeddings = classifier.embeddings(split.pixels.numpy())
+    _check_number(len(split), args)
+    outliers = {str(folder): _read(folder, classifier) for folder in args.outliers}
+    embeddings = _embeddings(classifier, split.pixels.numpy(), f"embedding {args.split}")
     detector = fit_detector(embeddings, split.labels.numpy())
     if args.report:
-        outliers = {folder.name: _read(folder, classifier) for folder in args.outliers}
         _report(classifier, split, embeddings, outliers)
     print(f"{store_detector(checkpoint, detector)}: fitted to {len(split)} images")
     return 0
+
+
+def _check_outliers(args: argparse.Namespace) -> None:
+    from mambamic.errors import UsageError
+
+    if args.outliers and not args.report:
+        raise UsageError("--outliers alone", "--report beside it", "add --report")
+    places = [folder.resolve() for folder in args.outliers]
+    for folder, place in zip(args.outliers, places, strict=True):
+        if places.count(place) > 1:
+            raise UsageError(f"--outliers has {folder} twice", "each folder once", "leave one out")
+
+
+def _check_number(images: int, args: argparse.Namespace) -> None:
+    """Refuse too few images before the network has seen them all."""
+    from mambamic.errors import DataError
+    from mambamic.ood import MINIMUM
+
+    # The report fits to every other image, from the first.
+    needed = 2 * MINIMUM - 1 if args.report else MINIMUM
+    if images >= needed:
+        return
+    remedy = "hold back more images"
+    if images >= MINIMUM:
+        remedy += f", or leave out --report, without which {MINIMUM} are enough"
+    what = "to fit to every other and measure on the rest" if args.report else "to fit to"
+    raise DataError(
+        f"{images} images in split {args.split!r} of {args.data}",
+        f"at least {needed} {what}",
+        remedy,
+    )
+
+
+def _embeddings(
+    classifier: Classifier, pixels: NDArray[np.uint8], title: str
+) -> NDArray[np.float32]:
+    from mambamic.evaluation.predictions import in_chunks
+
+    return in_chunks(
+        classifier.embeddings,
+        pixels,
+        classifier.max_batch,
+        title=title,
+        progress=sys.stderr.isatty(),
+    )
 
 
 def _report(
@@ -84,12 +129,17 @@ def _report(
 
     detector: Detector = fit_detector(embeddings[::2], split.labels.numpy()[::2])
     known = detector.scores(embeddings[1::2])
-    print(f"{'images':16} {'number':>6} {'AUROC':>6} {'unknown':>8}")
-    print(f"{'held-out':16} {len(known):6} {'':6} {(known > 1).mean():8.1%}")
-    for name, pixels in {**made_outliers(split.pixels.numpy()[1::2]), **outliers}.items():
-        scores = detector.scores(classifier.embeddings(pixels))
+    # Pairs, not one mapping: a folder may have the name of a kind that is made here.
+    kinds = [*made_outliers(split.pixels.numpy()[1::2]).items(), *outliers.items()]
+    width = max(16, *(len(name) for name, _ in kinds))
+    rows = []
+    for name, pixels in kinds:
+        scores = detector.scores(_embeddings(classifier, pixels, f"embedding {name}"))
         area, told = auroc(known, scores), (scores > 1).mean()
-        print(f"{name:16} {len(scores):6} {area:6.3f} {told:8.1%}")
+        rows.append(f"{name:{width}} {len(scores):6} {area:6.3f} {told:8.1%}")
+    print(f"{'images':{width}} {'number':>6} {'AUROC':>6} {'unknown':>8}")
+    print(f"{'held-out':{width}} {len(known):6} {'':6} {(known > 1).mean():8.1%}")
+    print("\n".join(rows))
 
 
 def _read(folder: Path, classifier: Classifier) -> NDArray[np.uint8]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
+from mambamic.backends import BACKENDS
 from mambamic.cli.arguments import positive
 from mambamic.errors import DecodeError, MambamicError, UsageError
 
@@ -65,7 +66,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     here(
         "--backend",
         default="auto",
-        help="of the scan, see mambamic doctor, or onnxruntime (default: auto)",
+        choices=BACKENDS,
+        help="of the scan, see mambamic doctor; or onnxruntime (default: auto)",
     )
     here("--dtype", default="auto", help="auto, float32, float16 or bfloat16 (default: auto)")
     there = parser.add_argument_group("by a server").add_argument

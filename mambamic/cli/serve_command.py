@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from types import FrameType
 
+from mambamic.backends import SCAN_BACKENDS
 from mambamic.errors import ServerError, UsageError
 from mambamic.handlers.gate import Gate
 from mambamic.launcher import probe, server, stopping
@@ -27,8 +28,6 @@ example:
   mambamic serve --stop
 """
 DEMO = "model_store/mambamic_t_pbc"
-# As kernels.BACKENDS, whose import takes seconds: it brings torch.
-BACKENDS = ("auto", "cpu", "cuda", "mamba_ssm", "reference")
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -46,7 +45,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--host", default=defaults.host, help="address of predictions (default: %(default)s)")
     add("--workers", type=int, help="processes per model (default: two for each GPU, else one)")
     add("--device", choices=("auto", "cpu", "cuda"), default=defaults.device)
-    add("--backend", choices=BACKENDS, default=defaults.backend, help="of the scan")
+    add("--backend", choices=SCAN_BACKENDS, default=defaults.backend, help="of the scan")
     add("--batch-size", type=int, default=defaults.batch_size, help="requests per batch, at most")
     add(
         "--max-batch-delay",

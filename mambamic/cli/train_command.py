@@ -74,8 +74,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="all of them, in the order wanted (default: sorted)",
     )
     parser.add_argument("--mpp", type=float, help="microns per pixel of the tiles")
-    parser.add_argument("--licence", default="unknown", help="of the weights, for the model card")
-    parser.add_argument("--about", default="unknown", help="what the images are, for the card")
+    parser.add_argument("--licence", help="of the weights, for the model card (default: unknown)")
+    parser.add_argument("--about", help="what the images are, likewise (default: unknown)")
     parser.add_argument("--quiet", action="store_true", help="no bars, no line per epoch")
     for title, kind in (("recipe", Recipe), ("augmentation", Strengths), ("input", Preprocess)):
         group = parser.add_argument_group(

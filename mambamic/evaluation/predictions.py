@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -116,13 +117,7 @@ def predict(classifier: Classifier, pixels: Pixels, *, progress: bool = False) -
     Raises:
         DataError: Probabilities are not numbers.
     """
-    result = np.empty((len(pixels), len(classifier.config.classes)), np.float64)
-    step = classifier.max_batch
-    with tqdm(total=len(pixels), desc="classifying", unit="image", disable=not progress) as bar:
-        for start in range(0, len(pixels), step):
-            chunk = pixels[start : start + step]
-            result[start : start + step] = classifier.probabilities(chunk)
-            bar.update(len(chunk))
+    result = in_chunks(classifier.probabilities, pixels, classifier.max_batch, progress=progress)
     bad = int((~np.isfinite(result)).any(1).sum())
     if bad:
         raise DataError(
@@ -130,4 +125,33 @@ def predict(classifier: Classifier, pixels: Pixels, *, progress: bool = False) -
             "finite values",
             "try --dtype float32; if that does not help, the weights are damaged",
         )
-    return result
+    return result.astype(np.float64)
+
+
+def in_chunks(
+    network: Callable[[Pixels], NDArray[np.float32]],
+    pixels: Pixels,
+    size: int,
+    *,
+    title: str = "classifying",
+    progress: bool = False,
+) -> NDArray[np.float32]:
+    """Give a network images a few at a time, behind a progress bar.
+
+    Args:
+        network: Returns a row for each image.
+        pixels: (N, S, S, 3), N at least 1.
+        size: Images at a time, at most.
+        title: Of the bar.
+        progress: Whether to show it.
+
+    Returns:
+        (N, ...), the rows in order.
+    """
+    rows = []
+    with tqdm(total=len(pixels), desc=title, unit="image", disable=not progress) as bar:
+        for start in range(0, len(pixels), size):
+            chunk = pixels[start : start + size]
+            rows.append(network(chunk))
+            bar.update(len(chunk))
+    return np.concatenate(rows)

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
+from mambamic.backends import SCAN_BACKENDS
 from mambamic.errors import CheckpointError, UsageError
-from mambamic.kernels import BACKENDS
 from mambamic.models.mambamic import MambaMIC, MambaMICConfig
 from mambamic.models.medmamba import MedMamba, MedMambaConfig
 from mambamic.models.ss2d import GatedScan
@@ -104,9 +104,9 @@ def set_scan_backend(model: nn.Module, backend: str) -> None:
     Raises:
         UsageError: There is no backend of this name.
     """
-    if backend not in BACKENDS:
+    if backend not in SCAN_BACKENDS:
         raise UsageError(
-            f"scan backend {backend!r}", f"one of {', '.join(BACKENDS)}", "choose one of these"
+            f"scan backend {backend!r}", f"one of {', '.join(SCAN_BACKENDS)}", "choose one of these"
         )
     for module in model.modules():
         if isinstance(module, GatedScan):

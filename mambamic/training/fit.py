@@ -197,8 +197,8 @@ def _stoppable() -> Iterator[None]:
 
 def fit(
     out: Path, module: TrainingModule, clock: Progress, train: Split, val: Split, progress: bool
-) -> Path:
-    """Run the loop in this process's share of a run and return the file of the best epoch's state.
+) -> None:
+    """Run the loop in this process's share of a run, keeping the last state and the best epoch's.
 
     Args:
         out: Where states and logs go.
@@ -240,7 +240,6 @@ def fit(
             ckpt_path=state if state.exists() else None,
             weights_only=True,
         )
-    return out / f"{BEST}.ckpt"
 
 
 def _callbacks(out: Path, clock: Progress, patience: int, shown: bool) -> list[Callback]:

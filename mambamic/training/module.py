@@ -117,8 +117,9 @@ class TrainingModule(pl.LightningModule):
         self.model, self.augmentation, self.recipe = model, augmentation, recipe
         self.share = augmentation.share
         self.average = MovingAverage(model, recipe.ema_decay)
-        # Over all processes, whose shares may differ in size by an image.
-        self.val_loss, self.val_accuracy = MeanMetric(), MeanMetric()
+        # Over all processes, whose shares may differ in size by an image. What is not a number is
+        # no matter for a warning: it ends the run.
+        self.val_loss, self.val_accuracy = (MeanMetric(nan_strategy="ignore") for _ in range(2))
         self.to_capture = os.environ.get(GRAPHS) != "0"  # at the first step on a GPU
         self.register_buffer("weights", weights, persistent=False)
         # The first step with a number that is not finite; on the device, which nobody waits for.
@@ -170,10 +171,11 @@ class TrainingModule(pl.LightningModule):
         if self.trainer.is_last_batch or (index + 1) % _CHECKED == 0:
             self._refuse_failure()
 
-    def note(self, value: Tensor) -> None:
-        """Remember the step at which a loss or a norm is not finite, without waiting for it."""
+    def note(self, value: Tensor, step: int | None = None) -> None:
+        """Remember the step (None: this one) of a number that is not finite, without waiting."""
         with torch.no_grad():
-            failed = torch.where(value.isfinite(), self.failed_at, self.global_step)
+            at = self.global_step if step is None else step
+            failed = torch.where(value.isfinite(), self.failed_at, at)
             torch.minimum(self.failed_at, failed, out=self.failed_at)
 
     def _refuse_failure(self) -> None:
@@ -185,8 +187,7 @@ class TrainingModule(pl.LightningModule):
             f"the loss or its gradient is not a finite number since step {step % batches + 1} of "
             f"epoch {step // batches + 1} (learning_rate {self.recipe.learning_rate})",
             "finite numbers",
-            "train into another --out with a smaller --learning-rate; epochs that were finished "
-            "before are kept",
+            "train into another --out with a smaller --learning-rate",
         )
 
     def on_train_epoch_start(self) -> None:
@@ -206,14 +207,19 @@ class TrainingModule(pl.LightningModule):
         """Score the averaged model on one batch."""
         pixels, labels = batch
         logits = self.average(self.augmentation(pixels)).float()
-        size = labels.shape[0]
-        self.val_loss.update(criterion(logits, labels), size)
+        size, loss = labels.shape[0], criterion(logits, labels)
+        self.note(loss, self.global_step - 1)  # what the last step of the epoch has spoilt
+        self.val_loss.update(loss, size)
         self.val_accuracy.update(accuracy(logits, labels), size)
         self.log_dict(
             {"val_loss": self.val_loss, "val_accuracy": self.val_accuracy},
             batch_size=size,
             prog_bar=True,
         )
+
+    def on_validation_epoch_end(self) -> None:
+        """Let no epoch be kept, let alone be the best, that gives no numbers."""
+        self._refuse_failure()
 
     def optimizer(self) -> Optimizer:
         """Return the optimiser at the full rate; group 1 is what is exempt from weight decay."""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,28 +17,30 @@ from torch import nn
 from tqdm import tqdm
 
 from mambamic._version import __version__
-from mambamic.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from mambamic.checkpoint import Checkpoint, load_checkpoint
 from mambamic.config import Config
 from mambamic.errors import BackendError, DataError, TrainingError, UsageError
 from mambamic.kernels import resolve
 from mambamic.models import create_model
 from mambamic.preprocess import Preprocess
 from mambamic.training.augment import Augmentation
-from mambamic.training.card import model_card
+from mambamic.training.card import restate
 from mambamic.training.data import Split, load_split
-from mambamic.training.fit import MONITOR, STATE, Progress, fit
-from mambamic.training.initial import check_initial, start_from
+from mambamic.training.fit import BEST, STATE, Progress, fit
+from mambamic.training.initial import check_initial, head_of, start_from
 from mambamic.training.loss import class_weights
 from mambamic.training.module import TrainingModule
 from mambamic.training.ranks import run_ranks
 from mambamic.training.recipe import Recipe
+from mambamic.training.result import RUN_FILE, name_of, open_state, with_best, write_result
 from mambamic.training.share import Share
 
-RUN_FILE = "run.json"
 RESULT = "checkpoint"
 # What torch says, in a plain RuntimeError, of memory that it does not get on a CPU, or on a GPU
 # outside its own allocator.
-_NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
+_NO_MEMORY = (
+    *("can't allocate memory", "Cannot allocate memory", "not enough memory", "out of memory"),
+)
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,7 @@ class Run:
         out: Where the state, the log and at the end ``checkpoint/`` go.
         recipe: The settings.
         preprocess: How images are brought to the model's size.
-        mpp: Microns per pixel of the tiles, None where unknown.
+        mpp: Microns per pixel of the tiles; None, here and below, where it is not said.
         licence: Of the weights.
         training_data: What the images are, for the model card.
         init: A checkpoint to start from, of the same architecture.
@@ -63,8 +66,8 @@ class Run:
     recipe: Recipe
     preprocess: Preprocess
     mpp: float | None = None
-    licence: str = "unknown"
-    training_data: str = "unknown"
+    licence: str | None = None
+    training_data: str | None = None
     init: Path | None = None
     classes: tuple[str, ...] | None = None
 
@@ -84,7 +87,7 @@ class Run:
         return load_checkpoint(self.init)
 
     def config(
-        self, classes: tuple[str, ...], metrics: dict[str, Any], *, multi_label: bool = False
+        self, classes: tuple[str, ...], metrics: dict[str, Any], head: str = "softmax"
     ) -> Config:
         """Return what the checkpoint will state.
 
@@ -94,20 +97,23 @@ class Run:
         return Config.from_settings(
             architecture=self.architecture,
             classes=classes,
-            head="sigmoid" if multi_label else "softmax",
-            mpp=self.mpp,
-            licence=self.licence,
-            training_data=self.training_data,
+            head=head,
             metrics=metrics,
             **asdict(self.preprocess),
+            **self.said(),
         )
+
+    def said(self) -> dict[str, Any]:
+        """Return what the user says of the images and the weights, which training cannot find."""
+        said = {"mpp": self.mpp, "licence": self.licence, "training_data": self.training_data}
+        return {name: value for name, value in said.items() if value is not None}
 
 
 def train(run: Run, *, device: str = "auto", devices: int = 1, progress: bool = True) -> Checkpoint:
     """Train, or go on where a stopped run in the same folder left off.
 
-    A run that is finished is not repeated: what it may be told anew is what the model card says
-    of the images and the licence.
+    A run that is finished is not repeated: of its checkpoint only what ``run`` says of the images
+    and the licence is changed.
 
     Args:
         run: What to do.
@@ -124,8 +130,8 @@ def train(run: Run, *, device: str = "auto", devices: int = 1, progress: bool = 
         DataError: The images cannot be used.
         CheckpointError: The checkpoint to start from cannot be used.
         BackendError: The device or its scan kernel is not available.
-        TrainingError: There is too little memory, or the loss is no longer a number; the finished
-            epochs are kept.
+        TrainingError: There is too little memory, or the loss is no longer a number; the best of
+            the finished epochs is then a checkpoint, which the error names.
         KeyboardInterrupt: Ctrl-C; the finished epochs are kept.
         SystemExit: SIGTERM; the finished epochs are kept.
     """
@@ -139,16 +145,24 @@ def train(run: Run, *, device: str = "auto", devices: int = 1, progress: bool = 
     named = {} if run.classes is None else {"classes": run.classes}
     _compare(run.out, run.identity() | named)
     if (run.out / RESULT).exists():
-        return _describe_anew(run, load_checkpoint(run.out / RESULT))
-    if devices == 1:
-        _train_share(run, target.type, progress, Share())
-    else:
-        run_ranks(partial(_train_share, run, target.type, progress), devices, target.type)
-    return load_checkpoint(run.out / RESULT)
+        return restate(load_checkpoint(run.out / RESULT), run.said())
+    failed = None
+    try:
+        if devices == 1:
+            _train_share(run, target.type, progress, Share())
+        else:
+            run_ranks(partial(_train_share, run, target.type, progress), devices, target.type)
+    except TrainingError as error:
+        # Without its traceback, whose frames hold the images and the model: memory may be short.
+        failed = TrainingError(error.problem, error.expected, error.remedy)
+    if failed is not None:
+        gc.collect()
+        raise with_best(run, failed, name_of(target, devices))
+    return write_result(run, open_state(run.out, BEST), run.out / RESULT, name_of(target, devices))
 
 
 def _train_share(run: Run, kind: str, progress: bool, share: Share) -> None:
-    """Train on one device, alone or as one of several; the first does all that is seen."""
+    """Train on one device, alone or as one of several, of which the first reports."""
     first = share.rank == 0
     target = torch.device(kind, share.rank) if share.ranks > 1 and kind == "cuda" else kind
     with _memory(run, kind):
@@ -159,14 +173,12 @@ def _train_share(run: Run, kind: str, progress: bool, share: Share) -> None:
             )
         if first:
             _begin(run, *splits)
-        module, started = _make(run, splits[0], share)
-        if started and first and progress:
+        module = _make(run, splits[0], share)
+        if run.init is not None and first and progress:
+            started = head_of(run.initial().config, splits[0].classes, _head(splits[0]))
             tqdm.write(f"starting from {run.init}, {started}", file=sys.stderr)
-        clock = Progress(share.ranks)
         train_split, val_split = (split.to(torch.device(target)) for split in splits)
-        best = fit(run.out, module, clock, train_split, val_split, progress)
-    if first:
-        _export(run, best, clock, splits, torch.device(target), share.ranks, started)
+        fit(run.out, module, Progress(share.ranks), train_split, val_split, progress)
 
 
 def _load(run: Run, progress: bool) -> tuple[Split, Split]:
@@ -184,6 +196,7 @@ def _begin(run: Run, train: Split, val: Split) -> None:
     """Claim the folder for this run, or find that it is its own."""
     identity = run.identity() | {
         "classes": train.classes,
+        "head": _head(train),
         "train_images": len(train),
         "val_images": len(val),
     }
@@ -191,17 +204,20 @@ def _begin(run: Run, train: Split, val: Split) -> None:
     _claim(run.out, identity)
 
 
-def _make(run: Run, train: Split, share: Share) -> tuple[TrainingModule, str]:
-    """Return the model to train, equal in all processes, and what it starts from, if anything."""
+def _head(split: Split) -> str:
+    return "sigmoid" if split.multi_label else "softmax"
+
+
+def _make(run: Run, train: Split, share: Share) -> TrainingModule:
+    """Return the model to train, equal in all processes."""
     torch.manual_seed(run.recipe.seed)
     model: nn.Module = create_model(run.architecture, len(train.classes))
-    started = ""
     if run.init is not None:
-        started = start_from(model, run.initial(), train.classes, multi_label=train.multi_label)
+        start_from(model, run.initial(), train.classes, _head(train))
     strengths = run.recipe.augmentation
     augmentation = Augmentation(run.preprocess.mean, run.preprocess.std, strengths, share)
     weights = class_weights(train.labels, len(train.classes), run.recipe.class_weighting)
-    return TrainingModule(model, augmentation, run.recipe, weights), started
+    return TrainingModule(model, augmentation, run.recipe, weights)
 
 
 @contextmanager
@@ -217,7 +233,7 @@ def _memory(run: Run, kind: str) -> Iterator[None]:
             f"out of memory on {kind} with batch_size {run.recipe.batch_size} and input_size "
             f"{run.preprocess.input_size}",
             "a batch and images that fit",
-            "use a smaller --batch-size or --input-size; epochs that were finished are kept",
+            "use a smaller --batch-size or --input-size",
         ) from error
 
 
@@ -311,51 +327,3 @@ def _claim(out: Path, identity: dict[str, Any]) -> None:
         raise UsageError(
             f"{out} cannot be written ({error.strerror})", "a folder", "give another --out"
         ) from error
-
-
-def _export(
-    run: Run,
-    best: Path,
-    clock: Progress,
-    splits: tuple[Split, Split],
-    device: torch.device,
-    devices: int,
-    started: str,
-) -> None:
-    train, val = splits
-    saved = torch.load(best, map_location="cpu", weights_only=True)
-    prefix = "average.module."
-    weights = {
-        key.removeprefix(prefix): tensor
-        for key, tensor in saved["state_dict"].items()
-        if key.startswith(prefix)
-    }
-    scores = next(state for state in saved["callbacks"].values() if state.get("monitor") == MONITOR)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    metrics = {
-        "val_accuracy": round(float(scores["best_model_score"]), 5),
-        "val_images": len(val),
-        "train_images": len(train),
-        "best_epoch": int(saved["epoch"]) + 1,
-        "epochs": clock.epochs,
-        "minutes": round(clock.seconds / 60, 1),
-        "images_per_second": round(clock.images / max(clock.seconds, 1e-9)),
-        "device": name if devices == 1 else f"{devices} x {name}",
-        "seed": run.recipe.seed,
-        "torch": torch.__version__,
-    }
-    if run.init is not None:
-        metrics["init"] = f"{run.initial().config.weights_sha256}, {started}"
-    config = run.config(train.classes, metrics, multi_label=train.multi_label)
-    save_checkpoint(run.out / RESULT, config, weights, model_card(config, run.recipe), half=True)
-
-
-def _describe_anew(run: Run, checkpoint: Checkpoint) -> Checkpoint:
-    """Bring what the user states, and training does not change, up to date."""
-    config = replace(
-        checkpoint.config, mpp=run.mpp, licence=run.licence, training_data=run.training_data
-    )
-    if config == checkpoint.config:
-        return checkpoint
-    card = model_card(config, run.recipe)
-    return save_checkpoint(checkpoint.path, config, checkpoint.state_dict(), card, half=True)
