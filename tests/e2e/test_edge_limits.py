@@ -63,6 +63,25 @@ def test_the_second_try_respects_the_limit_too(state: Path) -> None:
         assert statuses.count(200) >= 2
 
 
+def test_who_hangs_up_keeps_the_place_that_the_server_still_works_on(state: Path) -> None:
+    release = threading.Event()
+
+    def hold() -> int:
+        release.wait(30)
+        return 200
+
+    with scripted(hold) as server, edge(state, "--in-flight", "2", ports=[server.port]) as running:
+        for turn in range(1, 3):
+            with socket.create_connection(("127.0.0.1", running.port), timeout=10) as line:
+                line.sendall(CELL + b"Content-Length: 5\r\n\r\nimage")
+                assert wait_for(lambda turn=turn: len(server.seen) == turn, 10)  # type: ignore[misc]
+        time.sleep(0.5)
+        answer = running.ask("POST", PREDICT, body=b"x")
+        assert (answer.status, error_of(answer), len(server.seen)) == (429, "overloaded", 2)
+        release.set()
+        assert wait_for(lambda: running.body(b"x").status == 200, 10)
+
+
 def test_one_address_cannot_have_everything(state: Path) -> None:
     with (
         scripted() as server,
