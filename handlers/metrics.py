@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from mambamic import metrics
 from mambamic.handlers import metric_files
 from mambamic.handlers.stamp import HEADER, seconds_since
+from mambamic.launcher.probe import MARK
 
 if TYPE_CHECKING:
     from mambamic.classifier import Classifier
@@ -32,7 +33,7 @@ class Batch:
 
     Args:
         began: On the monotonic clock.
-        operations: Per request: ``predict``, ``explain`` or ``describe``.
+        operations: Per request: ``predict``, ``explain``, ``describe`` or ``probe``.
         waits: Per request, seconds since the edge saw it, None where nobody can tell.
     """
 
@@ -209,8 +210,9 @@ def _operation(headers: dict[str, str]) -> str:
     # The frontend states "explain" for all that comes by the port of predictions.
     if headers.get("explain") == "True":
         return "explain"
-    described = headers.get("describe") == "True" and "explain" not in headers
-    return "describe" if described else "predict"
+    if headers.get("describe") == "True" and "explain" not in headers:
+        return "describe"
+    return "probe" if MARK in headers else "predict"
 
 
 def _error_codes(body: Any) -> Iterator[str]:
