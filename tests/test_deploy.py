@@ -109,6 +109,18 @@ def test_nothing_but_the_edge_can_be_reached() -> None:
     assert grafana.startswith("127.0.0.1:")
 
 
+def test_a_full_pod_waits_longer_than_the_autoscaler_wants() -> None:
+    (scaler,) = [one for one in manifests() if one["kind"] == "HorizontalPodAutoscaler"]
+    (metric,) = scaler["spec"]["metrics"]
+    target = metric["pods"]["target"]["averageValue"]
+    assert target.endswith("m")
+    # Measured with what the edge admits; the autoscaler adds pods from 1.1 times its target on.
+    full_s = 0.09
+    assert float(target[:-1]) / 1000 < full_s / 2
+    (edge,) = pod()["initContainers"]
+    assert "--in-flight=6" in edge["args"]
+
+
 def test_every_container_is_without_rights() -> None:
     for container in [*pod()["containers"], *pod()["initContainers"]]:
         context = container["securityContext"]
