@@ -101,6 +101,21 @@ def test_one_address_cannot_have_everything(state: Path) -> None:
         assert {error_of(answer) for answer in answers if answer.status == 429} == {"rate_limited"}
 
 
+def test_what_is_refused_counts_towards_the_rate(state: Path) -> None:
+    tokens = state / "tokens"
+    tokens.write_text("0123456789abcdef\n", encoding="utf-8")
+    limits = ("--client-rate", "10", "--tokens", str(tokens))
+    with scripted() as server, edge(state, *limits, ports=[server.port]) as running:
+        for method, token, status in (("POST", "wrong", 401), ("GET", "0123456789abcdef", 405)):
+            time.sleep(1.5)  # until the rate allows ten again
+            headers = {"Authorization": f"Bearer {token}"}
+            answers = [running.ask(method, PREDICT, headers=headers).status for _ in range(40)]
+            assert answers[0] == status
+            assert set(answers) == {status, 429}
+            assert answers.count(429) > 5
+        assert server.seen == []
+
+
 def test_a_body_that_is_too_large(state: Path) -> None:
     with scripted() as server, edge(state, "--max-body", "1", ports=[server.port]) as running:
         for size, status in ((2**20, 200), (2**20 + 1, 413)):
