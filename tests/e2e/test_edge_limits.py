@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
+import select
 import signal
 import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
+
+import pytest
 
 from .edges import CELL, PREDICT, edge, error_of, scripted, tries
 from .servers import wait_for
@@ -127,6 +132,31 @@ def test_a_body_that_is_too_large(state: Path) -> None:
         reply = running.ask("POST", PREDICT, body=chunks)
         assert (reply.status, error_of(reply)) == (413, "too_large")
         assert len(server.seen) == 1
+
+
+@pytest.mark.parametrize(
+    "stated", [b"Content-Length: 10000000\r\n\r\n", b"Transfer-Encoding: chunked\r\n\r\n1\r\n"]
+)
+def test_large_bodies_cannot_fill_the_disk(state: Path, stated: bytes) -> None:
+    with scripted() as server, edge(state, ports=[server.port]) as running, ExitStack() as stack:
+        lines = []
+        for _ in range(12):
+            line = socket.create_connection(("127.0.0.1", running.port), timeout=10)
+            lines.append(stack.enter_context(line))
+            line.sendall(CELL + stated)
+        assert wait_for(lambda: running.access_log.count('"status":429') == 4, 10)
+        answered = select.select(lines, [], [], 0)[0]
+        assert len(answered) == 4
+        head, _, body = answered[0].recv(65536).decode().partition("\r\n\r\n")
+        assert head.startswith("HTTP/1.1 429 ")
+        assert "Retry-After: 1" in head
+        assert json.loads(body)["error"]["code"] == "overloaded"
+        assert "large bodies" in body
+        # Others have their place meanwhile, and these when one is done.
+        assert running.body(b"x" * 9_999_999).status == 200
+        for line in set(lines) - set(answered):
+            line.close()
+        assert wait_for(lambda: running.body(b"x" * 10_000_000).status == 200, 10)
 
 
 def test_a_sender_that_stops_gets_no_server(state: Path) -> None:
