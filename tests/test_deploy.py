@@ -20,6 +20,7 @@ import yaml
 
 from mambamic import __version__
 from mambamic.cli import COMMANDS, _parse
+from mambamic.handlers.service import DEFAULT_RESPONSE_TIMEOUT
 from mambamic.launcher.settings import Settings
 
 from .e2e.servers import ROOT, free_port, wait_for
@@ -91,6 +92,17 @@ def test_what_is_called_exists() -> None:
         plain = [re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", word) for word in words]
         if words[0] in COMMANDS:
             _parse(plain)
+
+
+def test_probes_are_as_patient_as_the_server_is_slow() -> None:
+    (server,) = [one for one in pod()["containers"] if one["name"] == "server"]
+    for name in ("startupProbe", "readinessProbe", "livenessProbe"):
+        args = _parse(server[name]["exec"]["command"][1:])
+        # The command says what was wrong; one that is cut off says nothing.
+        assert args.timeout < server[name]["timeoutSeconds"]
+        if name == "readinessProbe":
+            # Until then a batch may begin another explanation.
+            assert args.timeout > DEFAULT_RESPONSE_TIMEOUT / 2
 
 
 def test_nothing_but_the_edge_can_be_reached() -> None:
