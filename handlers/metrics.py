@@ -7,6 +7,7 @@ memory.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from mambamic.decoding import Timed
     from mambamic.handlers.responses import Answer
     from mambamic.prediction import Prediction
+
+logger = logging.getLogger(__name__)
 
 # Asking the driver takes longer than all the rest together.
 GPU_EVERY_S = 1.0
@@ -199,7 +202,12 @@ class _Gpu:
         self._next = now + GPU_EVERY_S
         from torch import cuda
 
-        free, total = cuda.mem_get_info(self._device)
+        try:
+            free, total = cuda.mem_get_info(self._device)
+        except RuntimeError:
+            # The figures of before stay; answers do not fail for want of new ones.
+            logger.exception("the GPU does not tell how much memory it has")
+            return
         self._allocated.set(cuda.memory_allocated(self._device))
         self._reserved.set(cuda.memory_reserved(self._device))
         self._used.set(total - free)

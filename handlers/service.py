@@ -31,6 +31,7 @@ from mambamic.errors import (
     UsageError,
 )
 from mambamic.graph.onnx import find_onnx
+from mambamic.handlers import gpu
 from mambamic.handlers.gate import Gate
 from mambamic.handlers.keeper import keep_connection
 from mambamic.handlers.metrics import ServiceMetrics
@@ -136,6 +137,8 @@ class ImageClassifier:
             bodies.append(answer.encoded())
         self._metrics.end(batch, answers)
         _log_ids(processors, answers)
+        if any(answer.status == InferenceError.status for answer in answers) and gpu.is_broken():
+            gpu.leave()
         return bodies
 
     def close(self) -> None:
@@ -281,7 +284,7 @@ class ImageClassifier:
         whole = self._attempt(pixels)
         if whole is not None:
             return whole
-        _release_memory()
+        gpu.release_memory()
         results: list[Row | MambamicError] = []
         for half in np.array_split(pixels, min(2, len(pixels))):
             again = self._attempt(half)
@@ -379,13 +382,6 @@ def _explains(processor: Any) -> bool:
 
 def _overloaded() -> Answer:
     return error_answer(overloaded())
-
-
-def _release_memory() -> None:
-    import torch
-
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def _not_finite() -> InferenceError:
