@@ -29,6 +29,7 @@ import numpy as np
 
 from mambamic.errors import DecodeError, MambamicError, ServerError
 from mambamic.images import MAX_PIXELS, open_image, to_rgb
+from mambamic.machine import usable_cpus
 from mambamic.preprocess import Preprocess
 
 if TYPE_CHECKING:
@@ -132,7 +133,7 @@ class DecodePool:
         self._closed = False
         self._decoders: list[_Decoder] = []
         self._start_decoders()
-        workers = threads or min(8, len(os.sched_getaffinity(0)))
+        workers = threads or min(8, usable_cpus())
         self._room = _Room()
         self._threads = None if processes else ThreadPoolExecutor(workers, "decode")
 
