@@ -78,7 +78,8 @@ def test_the_compose_file_is_valid() -> None:
 def test_what_is_called_exists() -> None:
     containers = [*pod()["containers"], *pod()["initContainers"]]
     called = [one["args"] for one in containers if one["image"] == "mambamic"]
-    called += [one["command"] for one in services().values() if "mambamic:" in one["image"]]
+    ours = [one for one in services().values() if "mambamic:" in one["image"]]
+    called += [one["command"] for one in ours if "entrypoint" not in one]
     for container in containers:
         for name in ("startupProbe", "readinessProbe", "livenessProbe"):
             probe = container.get(name, {}).get("exec")
@@ -114,9 +115,9 @@ def test_nothing_but_the_edge_can_be_reached() -> None:
     (policy,) = [one["spec"] for one in manifests() if one["kind"] == "NetworkPolicy"]
     assert policy["egress"] == []
     assert {port["port"] for rule in policy["ingress"] for port in rule["ports"]} == ports
-    shared = [one for name, one in services().items() if name not in ("server", "edge-files")]
-    assert all(one["network_mode"] == "service:server" and "ports" not in one for one in shared)
-    published, grafana = services()["server"]["ports"]
+    shared = [one for name, one in services().items() if name not in ("network", "edge-files")]
+    assert all(one["network_mode"] == "service:network" and "ports" not in one for one in shared)
+    published, grafana = services()["network"]["ports"]
     assert published.endswith(":8000")
     assert grafana.startswith("127.0.0.1:")
 
@@ -131,6 +132,14 @@ def test_a_full_pod_waits_longer_than_the_autoscaler_wants() -> None:
     assert float(target[:-1]) / 1000 < full_s / 2
     (edge,) = pod()["initContainers"]
     assert "--in-flight=6" in edge["args"]
+
+
+def test_no_service_loses_its_network_when_another_is_started_again() -> None:
+    network = services()["network"]
+    # It does nothing that could end; where it is made anew, so are those that live in it.
+    assert network["entrypoint"] == ["sleep", "infinity"]
+    for name in ("server", "edge", "prometheus", "grafana"):
+        assert services()[name]["depends_on"]["network"]["restart"]
 
 
 def test_every_container_is_without_rights() -> None:
