@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 
 from .edges import CELL, PREDICT, Front, edge, error_of, scripted, tries
 
@@ -215,6 +216,13 @@ def test_ready_asks_for_a_prediction(front: Front) -> None:
     reply = running.ask("GET", "/ready")
     assert (reply.status, error_of(reply)) == (502, "worker_lost")
     assert running.ask("POST", "/ready").status == 405
+    one.answer = two.answer = 503
+    refused = [running.ask("GET", "/ready") for _ in range(20)]
+    assert {answer.status for answer in refused} == {429, 503}
+    assert {answer.headers["Retry-After"] for answer in refused} == {"1", "5"}
+    document = yaml.safe_load(running.ask("GET", "/openapi.yaml").data)
+    documented = document["paths"]["/ready"]["get"]["responses"]
+    assert {"200", "429", "502", "503", "504"} == set(documented)
 
 
 def test_the_page_and_the_interface_are_served(front: Front) -> None:
