@@ -106,6 +106,18 @@ def test_probes_are_as_patient_as_the_server_is_slow() -> None:
             assert args.timeout > DEFAULT_RESPONSE_TIMEOUT / 2
 
 
+def test_the_server_outlasts_the_edge() -> None:
+    sleeps = {}
+    for one in pod()["containers"]:
+        if "lifecycle" in one:
+            _, seconds = one["lifecycle"]["preStop"]["exec"]["command"]
+            sleeps[one["name"]] = int(seconds)
+    assert sleeps["server"] > sleeps["edge"]
+    (server,) = [one for one in pod()["containers"] if one["name"] == "server"]
+    drained = sleeps["server"] + _parse(server["args"]).drain + 15
+    assert pod()["terminationGracePeriodSeconds"] > drained
+
+
 def test_nothing_but_the_edge_can_be_reached() -> None:
     (server,) = [one for one in pod()["containers"] if one["name"] == "server"]
     for words in (server["args"], services()["server"]["command"]):
