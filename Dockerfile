@@ -42,8 +42,8 @@ USER 10001:10001
 EXPOSE 8080
 STOPSIGNAL SIGTERM
 # A real prediction; --live is for orchestrators that start anew what fails (docs/deploy.md).
-HEALTHCHECK --interval=30s --timeout=15s --start-period=3m --retries=3 \
-  CMD ["mambamic", "health", "--ready"]
+HEALTHCHECK --interval=30s --timeout=80s --start-period=3m --retries=3 \
+  CMD ["mambamic", "health", "--ready", "--timeout=75"]
 # As process 1 something has to reap the decoders of a worker that was killed.
 ENTRYPOINT ["dumb-init", "--single-child", "--", "mambamic"]
 CMD ["serve", "--foreground", "--host", "0.0.0.0", "--model", "/models/mambamic_t_pbc"]

@@ -49,6 +49,8 @@ _SIZES = {
     "gauge_livemax": 1 << 16,
     "gauge_livemostrecent": 1 << 16,
 }
+# How much of a file is used stands at its head.
+_HEADER = 8
 
 
 class MetricFolder:
@@ -62,6 +64,7 @@ class MetricFolder:
         self.path = path
         self._journal = path / "merge.journal"
         self._own: IO[str] | None = None
+        self._last_failure = ""
 
     def clear(self) -> None:
         """Remove every file, before a start."""
@@ -100,6 +103,16 @@ class MetricFolder:
         with self._alone():
             self._sweep()
 
+    def tend(self) -> None:
+        """Sweep, and log what goes wrong, once: the next time may do better."""
+        try:
+            self.sweep()
+            self._last_failure = ""
+        except Exception as error:
+            if repr(error) != self._last_failure:
+                logger.exception("the metrics of dead workers could not be merged")
+            self._last_failure = repr(error)
+
     def collect(self) -> Iterable[Metric]:
         """Return the metrics of all workers, dead and living, as one."""
         from prometheus_client.multiprocess import MultiProcessCollector
@@ -129,7 +142,11 @@ class MetricFolder:
                     pid = int(match[2])
                     if pid not in lives:
                         lives[pid] = self._lives(pid, locks)
-                    if not lives[pid]:
+                    if lives[pid]:
+                        continue
+                    if path.stat().st_size < _HEADER:
+                        path.unlink()  # nothing was counted, and no reader takes it
+                    else:
                         dead[match[1]].append(path)
             if dead:
                 self._merge(dead, [pid for pid, alive in lives.items() if not alive])
@@ -148,15 +165,15 @@ class MetricFolder:
         try:
             for kind in kinds:
                 self._add_up(kind, dead[kind])
+            # From here on it is done as a whole: if this process is killed, by the next one.
+            steps = {"kinds": kinds, "gone": gone + [self._lock(pid).name for pid in pids]}
+            draft = self._journal.with_suffix(".draft")
+            draft.write_text(json.dumps(steps), encoding="utf-8")
         except OSError as error:
             if error.errno != errno.ENOSPC:
                 raise
             logger.warning("no space to merge the metrics of %d dead workers", len(pids))
             return
-        # From here on it is done as a whole: if this process is killed, by the next one.
-        steps = {"kinds": kinds, "gone": gone + [self._lock(pid).name for pid in pids]}
-        draft = self._journal.with_suffix(".draft")
-        draft.write_text(json.dumps(steps), encoding="utf-8")
         draft.replace(self._journal)
         self._finish()
 
@@ -253,8 +270,7 @@ def _export(folder: MetricFolder, port: int) -> None:
             time.sleep(RETRY_S)
     while True:
         time.sleep(SWEEP_S)
-        with contextlib.suppress(OSError):
-            folder.sweep()
+        folder.tend()
 
 
 def _port() -> int:
@@ -296,4 +312,10 @@ def _remove(folder: Path) -> None:
 
 def _take_space(path: Path, size: int) -> None:
     with path.open("ab") as file:
-        os.posix_fallocate(file.fileno(), 0, size)
+        before = file.tell()
+        try:
+            os.posix_fallocate(file.fileno(), 0, size)
+        except OSError:
+            if not before:
+                path.unlink()
+            raise

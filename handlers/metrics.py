@@ -7,6 +7,7 @@ memory.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -15,12 +16,15 @@ from typing import TYPE_CHECKING, Any
 from mambamic import metrics
 from mambamic.handlers import metric_files
 from mambamic.handlers.stamp import HEADER, seconds_since
+from mambamic.launcher.probe import MARK
 
 if TYPE_CHECKING:
     from mambamic.classifier import Classifier
     from mambamic.decoding import Timed
     from mambamic.handlers.responses import Answer
     from mambamic.prediction import Prediction
+
+logger = logging.getLogger(__name__)
 
 # Asking the driver takes longer than all the rest together.
 GPU_EVERY_S = 1.0
@@ -32,7 +36,7 @@ class Batch:
 
     Args:
         began: On the monotonic clock.
-        operations: Per request: ``predict``, ``explain`` or ``describe``.
+        operations: Per request: ``predict``, ``explain``, ``describe`` or ``probe``.
         waits: Per request, seconds since the edge saw it, None where nobody can tell.
     """
 
@@ -198,7 +202,12 @@ class _Gpu:
         self._next = now + GPU_EVERY_S
         from torch import cuda
 
-        free, total = cuda.mem_get_info(self._device)
+        try:
+            free, total = cuda.mem_get_info(self._device)
+        except RuntimeError:
+            # The figures of before stay; answers do not fail for want of new ones.
+            logger.exception("the GPU does not tell how much memory it has")
+            return
         self._allocated.set(cuda.memory_allocated(self._device))
         self._reserved.set(cuda.memory_reserved(self._device))
         self._used.set(total - free)
@@ -209,8 +218,9 @@ def _operation(headers: dict[str, str]) -> str:
     # The frontend states "explain" for all that comes by the port of predictions.
     if headers.get("explain") == "True":
         return "explain"
-    described = headers.get("describe") == "True" and "explain" not in headers
-    return "describe" if described else "predict"
+    if headers.get("describe") == "True" and "explain" not in headers:
+        return "describe"
+    return "probe" if MARK in headers else "predict"
 
 
 def _error_codes(body: Any) -> Iterator[str]:

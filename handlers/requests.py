@@ -48,11 +48,13 @@ class TileRequest:
         tiles: In request order.
         single: Answered with one object, not with a list.
         settings: What was asked for beside the tiles, by name.
+        counts: Whether somebody wants to know what the tiles show, and no probe whether it works.
     """
 
     tiles: tuple[Tile, ...]
     single: bool
     settings: Mapping[str, str] = field(default_factory=dict)
+    counts: bool = True
 
     def switch(self, name: str) -> bool:
         """Return a setting that is on or off, and off where it was not sent.

@@ -31,6 +31,7 @@ from mambamic.errors import (
     UsageError,
 )
 from mambamic.graph.onnx import find_onnx
+from mambamic.handlers import gpu
 from mambamic.handlers.gate import Gate
 from mambamic.handlers.keeper import keep_connection
 from mambamic.handlers.metrics import ServiceMetrics
@@ -44,6 +45,7 @@ from mambamic.handlers.requests import (
     size_of,
 )
 from mambamic.handlers.responses import Answer, error_answer, failure, list_answer, overloaded
+from mambamic.launcher.probe import MARK, draw_cell
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -63,9 +65,6 @@ PART_SIZE = 64
 GROUP_BYTES = 64 * 2**20
 # What TorchServe allows a batch, in seconds, where an archive does not say.
 DEFAULT_RESPONSE_TIMEOUT = 120
-# A request with this header carries no image: a drawn one is classified. So a readiness check,
-# which can send headers but seldom a file, asks for a real prediction.
-PROBE_HEADER = "x-mambamic-probe"
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
@@ -83,7 +82,6 @@ class ImageClassifier:
         """
         from mambamic.classifier import Classifier
         from mambamic.handlers.explanations import Explainer
-        from mambamic.launcher.probe import draw_cell
 
         options = _options(context.model_yaml_config)
         keep_parts()
@@ -139,6 +137,8 @@ class ImageClassifier:
             bodies.append(answer.encoded())
         self._metrics.end(batch, answers)
         _log_ids(processors, answers)
+        if any(answer.status == InferenceError.status for answer in answers) and gpu.is_broken():
+            gpu.leave()
         return bodies
 
     def close(self) -> None:
@@ -194,7 +194,7 @@ class ImageClassifier:
         for index, request in group.items():
             embed = request.switch("embedding")
             outcomes = [
-                self._prediction(next(results), embed=embed)
+                self._prediction(next(results), embed=embed, counts=request.counts)
                 if isinstance(tile.content, bytes)
                 else tile.content
                 for tile in request.tiles
@@ -218,8 +218,8 @@ class ImageClassifier:
             # predictions the frontend marks with "explain", true or false.
             if headers.get("describe") == "True" and "explain" not in headers:
                 return Answer(self._describe())
-            if PROBE_HEADER in headers:
-                return TileRequest((Tile("probe", self._probe),), True)
+            if MARK in headers:
+                return TileRequest((Tile("probe", self._probe),), True, counts=False)
             known = EXPLAIN_SETTINGS if _explains(processor) else PREDICT_SETTINGS
             request = read_request(processor.parts, headers.get("content-type", ""), known)
             request.switch("embedding")  # refused here, if at all
@@ -237,13 +237,14 @@ class ImageClassifier:
         return {"model": self._name, "version": self._version, **self._classifier.describe()}
 
     def _prediction(
-        self, outcome: Row | MambamicError, *, embed: bool
+        self, outcome: Row | MambamicError, *, embed: bool, counts: bool
     ) -> dict[str, Any] | MambamicError:
         if isinstance(outcome, MambamicError):
             return outcome
         rows = (values[np.newaxis] for values in outcome)
         (prediction,) = self._classifier.predictions(*rows, embed=embed)
-        self._metrics.predicted(prediction)
+        if counts:
+            self._metrics.predicted(prediction)
         return {**prediction.as_json(), "model": self._name, "version": self._version}
 
     def _classify(self, blobs: Sequence[bytes]) -> list[Row | MambamicError]:
@@ -283,7 +284,7 @@ class ImageClassifier:
         whole = self._attempt(pixels)
         if whole is not None:
             return whole
-        _release_memory()
+        gpu.release_memory()
         results: list[Row | MambamicError] = []
         for half in np.array_split(pixels, min(2, len(pixels))):
             again = self._attempt(half)
@@ -381,13 +382,6 @@ def _explains(processor: Any) -> bool:
 
 def _overloaded() -> Answer:
     return error_answer(overloaded())
-
-
-def _release_memory() -> None:
-    import torch
-
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def _not_finite() -> InferenceError:

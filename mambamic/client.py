@@ -226,8 +226,11 @@ class Client:
                 was_lost |= reply.status == _LOST
                 stated = _retry_after(reply)
             # Clients that were sent away together are not to come back together.
-            pause = random.uniform(0.5, 1) * wait if stated is None else stated
-            pause += random.uniform(0, 0.25) * pause if stated else 0
+            pause = (
+                wait * random.uniform(0.5, 1)
+                if stated is None
+                else stated * random.uniform(1, 1.25)
+            )
             if time.monotonic() + pause > last_start:
                 if failure is not None:
                     raise failure
@@ -283,11 +286,15 @@ def _content(image: bytes | Path | str) -> bytes | MambamicError:
 
 
 def _retry_after(reply: urllib3.BaseHTTPResponse) -> float | None:
-    """Return the seconds that an answer asks to wait, stated as such or as a date."""
+    """Return the seconds that an answer asks to wait, stated as such or as a date.
+
+    None where it asks for no wait at all: to come back at once, again and again, helps nobody.
+    """
     try:
-        return urllib3.Retry().get_retry_after(reply)
+        stated = urllib3.Retry().get_retry_after(reply) or 0.0
     except InvalidHeader:
         return None
+    return stated if stated >= _FIRST_WAIT_S else None
 
 
 def _json(reply: urllib3.BaseHTTPResponse) -> Any:

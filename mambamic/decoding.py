@@ -28,11 +28,12 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from mambamic.errors import DecodeError, MambamicError, ServerError
-from mambamic.images import MAX_PIXELS, decode
+from mambamic.images import MAX_PIXELS, open_image, to_rgb
+from mambamic.machine import usable_cpus
 from mambamic.preprocess import Preprocess
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
     from types import TracebackType
     from typing import TypeAlias
 
@@ -42,6 +43,9 @@ if TYPE_CHECKING:
     Decoded: TypeAlias = Pixels | MambamicError
 
 _ATTEMPTS = 2
+# In threads, at most so many pixels are decoded at a time, of some twelve bytes each: two of the
+# largest images, or some hundred of the usual ones.
+PIXELS_AT_ONCE = 2 * MAX_PIXELS
 
 
 class Timed(NamedTuple):
@@ -60,18 +64,46 @@ def decode_pixels(
     Returns:
         (input_size, input_size, 3) uint8, or why there is none.
     """
-    return _decode_timed(preprocess, blob, max_pixels).result
+    return _decode_timed(preprocess, blob, max_pixels, _Room()).result
 
 
-def _decode_timed(preprocess: Preprocess, blob: BytesLike, max_pixels: int) -> Timed:
+class _Room:
+    """The pixels that several threads may decode at a time."""
+
+    def __init__(self) -> None:
+        self._taken = 0
+        self._freed = threading.Condition()
+
+    @contextlib.contextmanager
+    def of(self, pixels: int) -> Iterator[float]:
+        """Take room for an image inside the block; one that is larger than all room goes alone.
+
+        Yields:
+            How many seconds that had to be waited for.
+        """
+        began = time.perf_counter()
+        with self._freed:
+            self._freed.wait_for(lambda: not self._taken or self._taken + pixels <= PIXELS_AT_ONCE)
+            self._taken += pixels
+        try:
+            yield time.perf_counter() - began
+        finally:
+            with self._freed:
+                self._taken -= pixels
+                self._freed.notify_all()
+
+
+def _decode_timed(preprocess: Preprocess, blob: BytesLike, max_pixels: int, room: _Room) -> Timed:
     began = time.perf_counter()
     try:
-        image = decode(blob, max_pixels=max_pixels)
-        decoded = time.perf_counter()
-        pixels = preprocess.pixels(image)
+        image = open_image(blob, max_pixels)
+        with room.of(image.width * image.height) as waited:
+            rgb = to_rgb(image)
+            decoded = time.perf_counter()
+            pixels = preprocess.pixels(rgb)
     except MambamicError as error:
         return Timed(error)
-    return Timed(pixels, decoded - began, time.perf_counter() - decoded)
+    return Timed(pixels, decoded - began - waited, time.perf_counter() - decoded)
 
 
 class DecodePool:
@@ -101,7 +133,8 @@ class DecodePool:
         self._closed = False
         self._decoders: list[_Decoder] = []
         self._start_decoders()
-        workers = threads or min(8, len(os.sched_getaffinity(0)))
+        workers = threads or min(8, usable_cpus())
+        self._room = _Room()
         self._threads = None if processes else ThreadPoolExecutor(workers, "decode")
 
     def __enter__(self) -> DecodePool:
@@ -180,7 +213,7 @@ class DecodePool:
         self._decoders = []
 
     def _decode_here(self, blob: BytesLike) -> Timed:
-        return _decode_timed(self._preprocess, blob, self._max_pixels)
+        return _decode_timed(self._preprocess, blob, self._max_pixels, self._room)
 
     def _decode_there(self, blobs: Sequence[BytesLike]) -> list[Timed]:
         results: list[Timed | None] = [None] * len(blobs)
@@ -287,9 +320,10 @@ def serve(connection: Connection, page: int) -> None:
         preprocess, max_pixels = connection.recv()
         pixels = _map_pixels(page, preprocess.input_size)
         connection.send("ready")
+        room = _Room()
         while True:
             blob = connection.recv_bytes()
-            timed = _decode_timed(preprocess, blob, max_pixels)
+            timed = _decode_timed(preprocess, blob, max_pixels, room)
             if isinstance(timed.result, MambamicError):
                 connection.send(timed.result)
             else:

@@ -16,6 +16,7 @@ from typing import Any
 
 from mambamic._version import __version__
 from mambamic.errors import MambamicError
+from mambamic.machine import usable_cpus
 
 PACKAGES = (
     "torch",
@@ -164,9 +165,7 @@ def examine() -> dict[str, Any]:
         "path": str(Path(__file__).resolve().parent),
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "cpus": len(os.sched_getaffinity(0))
-        if hasattr(os, "sched_getaffinity")
-        else os.cpu_count(),
+        "cpus": usable_cpus(),
         "packages": {name: _version(name) for name in PACKAGES},
         "compute": _compute(),
         "serving": _serving(),

@@ -73,7 +73,47 @@ def decode(data: BytesLike, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
         DecodeError: The bytes are not an image of a format in ``FORMATS``, or a damaged one.
         TooLargeError: More than ``max_pixels``, or a decompression bomb.
     """
-    return to_rgb(_open(data, max_pixels))
+    return to_rgb(open_image(data, max_pixels))
+
+
+def open_image(data: BytesLike, max_pixels: int = MAX_PIXELS) -> ImageFile:
+    """Read an image's header, and refuse what `decode` would refuse by it.
+
+    Args:
+        data: The bytes of the file.
+        max_pixels: Images of more pixels are refused.
+
+    Returns:
+        What `to_rgb` takes; its pixels are not decoded yet.
+
+    Raises:
+        RequestError: There are no bytes.
+        DecodeError: The header cannot be read.
+        TooLargeError: More than ``max_pixels``, or a decompression bomb.
+    """
+    if len(data) == 0:
+        raise RequestError("the image is empty", "the bytes of an image file", "send one")
+    # Also after someone else put a filter in front of ours; the comparison is cheap.
+    if warnings.filters[:1] != [_PILLOW_FILTER]:
+        warnings.filterwarnings("ignore", module=_PILLOW_FILTER[3].pattern)
+    try:
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        tile = _tile_pixels(image)
+    except UnidentifiedImageError as error:
+        raise DecodeError(
+            f"{len(data)} bytes that are not an image, or one whose header is damaged",
+            "one of " + ", ".join(FORMATS),
+            _ANOTHER_FILE,
+        ) from error
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning, MemoryError) as error:
+        raise _bomb(error) from error
+    except Exception as error:
+        # A text chunk that expands beyond Pillow's limits is known only by the message.
+        if re.search("too large|MAX_TEXT", str(error), re.IGNORECASE):
+            raise _bomb(error) from error
+        raise _damaged(error) from error
+    _check_size(image.size, tile, max_pixels)
+    return image
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -107,34 +147,8 @@ def pixel_count(data: BytesLike, *, max_pixels: int = MAX_PIXELS) -> int:
         DecodeError: The header cannot be read.
         TooLargeError: More than ``max_pixels``.
     """
-    width, height = _open(data, max_pixels).size
+    width, height = open_image(data, max_pixels).size
     return width * height
-
-
-def _open(data: BytesLike, max_pixels: int) -> ImageFile:
-    if len(data) == 0:
-        raise RequestError("the image is empty", "the bytes of an image file", "send one")
-    # Also after someone else put a filter in front of ours; the comparison is cheap.
-    if warnings.filters[:1] != [_PILLOW_FILTER]:
-        warnings.filterwarnings("ignore", module=_PILLOW_FILTER[3].pattern)
-    try:
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
-        tile = _tile_pixels(image)
-    except UnidentifiedImageError as error:
-        raise DecodeError(
-            f"{len(data)} bytes that are not an image, or one whose header is damaged",
-            "one of " + ", ".join(FORMATS),
-            _ANOTHER_FILE,
-        ) from error
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning, MemoryError) as error:
-        raise _bomb(error) from error
-    except Exception as error:
-        # A text chunk that expands beyond Pillow's limits is known only by the message.
-        if re.search("too large|MAX_TEXT", str(error), re.IGNORECASE):
-            raise _bomb(error) from error
-        raise _damaged(error) from error
-    _check_size(image.size, tile, max_pixels)
-    return image
 
 
 def _tile_pixels(image: ImageFile) -> int:
@@ -174,9 +188,11 @@ def _flat_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "F":
         return _from_floats(image)
     if image.has_transparency_data:
-        rgba = image.convert("RGBA")
-        paper = Image.new("RGBA", rgba.size, "white")
-        return Image.alpha_composite(paper, rgba).convert("RGB")
+        # Pillow keeps four bytes a pixel, whatever the mode: no copy more than is needed.
+        inked = image if image.mode in ("RGBA", "LA") else image.convert("RGBA")
+        paper = Image.new("RGB", inked.size, "white")
+        paper.paste(inked, mask=inked)
+        return paper
     return image.convert("RGB")
 
 

@@ -264,8 +264,9 @@ def test_retry_after_is_honoured(script: Script, form: str) -> None:
     assert second - first >= 0.9
 
 
-def test_waits_grow_and_differ(script: Script) -> None:
-    script.replies = [Reply(503)] * 4
+@pytest.mark.parametrize("stated", [None, "0", "Mon, 02 Mar 2026 10:00:00 GMT", "soon"])
+def test_waits_grow_and_differ(script: Script, stated: str | None) -> None:
+    script.replies = [Reply(503, headers={"Retry-After": stated} if stated else {})] * 4
     with client(script) as one:
         assert labels(one.predict([b"a"])) == ["a"]
     moments = [moment for moment, _, _ in script.seen]

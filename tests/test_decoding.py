@@ -19,8 +19,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mambamic import decoding
 from mambamic.decoding import DecodePool, decode_pixels
 from mambamic.errors import DecodeError, RequestError, ServerError, TooLargeError
+from mambamic.images import to_rgb
 from mambamic.preprocess import Preprocess
 
 PREPROCESS = Preprocess(32)
@@ -197,3 +199,62 @@ def test_real_tiles(data_dir: Path) -> None:
         blobs = [archive.read(name) for name in names]
     with DecodePool(PREPROCESS, processes=2) as pool:
         assert_same(list(pool.map(blobs)), blobs)
+
+
+# Prints by how many bytes a pixel the process grows at most.
+PEAK = """
+import sys
+from mambamic.images import decode
+
+def peak():
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) for line in status if line.startswith("VmHWM")) * 1024
+
+small, large = (open(path, "rb").read() for path in sys.argv[1:])
+decode(small)
+before = peak()
+decode(large)
+print((peak() - before) / 4000**2)
+"""
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "LA"])
+def test_a_large_image_is_held_twice_at_most(mode: str, tmp_path: Path) -> None:
+    paths = [tmp_path / "small.png", tmp_path / "large.png"]
+    for path, side in zip(paths, (10, 4000), strict=True):
+        Image.new(mode, (side, side)).save(path, compress_level=1)
+    command = [sys.executable, "-c", PEAK, *map(str, paths)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    # Pillow takes four for each pixel, whatever the mode.
+    assert float(done.stdout) < 10
+
+
+def test_few_large_images_are_decoded_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoding, "PIXELS_AT_ONCE", 5000)  # two of BLOBS, and not three
+    held: list[int] = []
+    most = 0
+    lock = threading.Lock()
+
+    def slow(image: Image.Image) -> Image.Image:
+        nonlocal most
+        with lock:
+            held.append(image.width * image.height)
+            most = max(most, sum(held))
+        time.sleep(0.02)
+        with lock:
+            held.pop()
+        return to_rgb(image)
+
+    monkeypatch.setattr(decoding, "to_rgb", slow)
+    with DecodePool(PREPROCESS, threads=8) as pool:
+        began = time.perf_counter()
+        timed = pool.timed(BLOBS)
+        assert most == 4000
+        # Of eight threads two decode: the wait of the others is no decoding time.
+        assert sum(one.decode_s for one in timed) < 3 * (time.perf_counter() - began)
+        # An image beyond the limit goes alone.
+        monkeypatch.setattr(decoding, "PIXELS_AT_ONCE", 1)
+    with DecodePool(PREPROCESS, threads=8) as pool:
+        most = 0
+        assert_same(pool.map(BLOBS), BLOBS)
+        assert most == 2000

@@ -20,6 +20,7 @@ import yaml
 
 from mambamic import __version__
 from mambamic.cli import COMMANDS, _parse
+from mambamic.handlers.service import DEFAULT_RESPONSE_TIMEOUT
 from mambamic.launcher.settings import Settings
 
 from .e2e.servers import ROOT, free_port, wait_for
@@ -77,7 +78,8 @@ def test_the_compose_file_is_valid() -> None:
 def test_what_is_called_exists() -> None:
     containers = [*pod()["containers"], *pod()["initContainers"]]
     called = [one["args"] for one in containers if one["image"] == "mambamic"]
-    called += [one["command"] for one in services().values() if "mambamic:" in one["image"]]
+    ours = [one for one in services().values() if "mambamic:" in one["image"]]
+    called += [one["command"] for one in ours if "entrypoint" not in one]
     for container in containers:
         for name in ("startupProbe", "readinessProbe", "livenessProbe"):
             probe = container.get(name, {}).get("exec")
@@ -93,6 +95,29 @@ def test_what_is_called_exists() -> None:
             _parse(plain)
 
 
+def test_probes_are_as_patient_as_the_server_is_slow() -> None:
+    (server,) = [one for one in pod()["containers"] if one["name"] == "server"]
+    for name in ("startupProbe", "readinessProbe", "livenessProbe"):
+        args = _parse(server[name]["exec"]["command"][1:])
+        # The command says what was wrong; one that is cut off says nothing.
+        assert args.timeout < server[name]["timeoutSeconds"]
+        if name == "readinessProbe":
+            # Until then a batch may begin another explanation.
+            assert args.timeout > DEFAULT_RESPONSE_TIMEOUT / 2
+
+
+def test_the_server_outlasts_the_edge() -> None:
+    sleeps = {}
+    for one in pod()["containers"]:
+        if "lifecycle" in one:
+            _, seconds = one["lifecycle"]["preStop"]["exec"]["command"]
+            sleeps[one["name"]] = int(seconds)
+    assert sleeps["server"] > sleeps["edge"]
+    (server,) = [one for one in pod()["containers"] if one["name"] == "server"]
+    drained = sleeps["server"] + _parse(server["args"]).drain + 15
+    assert pod()["terminationGracePeriodSeconds"] > drained
+
+
 def test_nothing_but_the_edge_can_be_reached() -> None:
     (server,) = [one for one in pod()["containers"] if one["name"] == "server"]
     for words in (server["args"], services()["server"]["command"]):
@@ -102,11 +127,31 @@ def test_nothing_but_the_edge_can_be_reached() -> None:
     (policy,) = [one["spec"] for one in manifests() if one["kind"] == "NetworkPolicy"]
     assert policy["egress"] == []
     assert {port["port"] for rule in policy["ingress"] for port in rule["ports"]} == ports
-    shared = [one for name, one in services().items() if name not in ("server", "edge-files")]
-    assert all(one["network_mode"] == "service:server" and "ports" not in one for one in shared)
-    published, grafana = services()["server"]["ports"]
+    shared = [one for name, one in services().items() if name not in ("network", "edge-files")]
+    assert all(one["network_mode"] == "service:network" and "ports" not in one for one in shared)
+    published, grafana = services()["network"]["ports"]
     assert published.endswith(":8000")
     assert grafana.startswith("127.0.0.1:")
+
+
+def test_a_full_pod_waits_longer_than_the_autoscaler_wants() -> None:
+    (scaler,) = [one for one in manifests() if one["kind"] == "HorizontalPodAutoscaler"]
+    (metric,) = scaler["spec"]["metrics"]
+    target = metric["pods"]["target"]["averageValue"]
+    assert target.endswith("m")
+    # Measured with what the edge admits; the autoscaler adds pods from 1.1 times its target on.
+    full_s = 0.09
+    assert float(target[:-1]) / 1000 < full_s / 2
+    (edge,) = pod()["initContainers"]
+    assert "--in-flight=6" in edge["args"]
+
+
+def test_no_service_loses_its_network_when_another_is_started_again() -> None:
+    network = services()["network"]
+    # It does nothing that could end; where it is made anew, so are those that live in it.
+    assert network["entrypoint"] == ["sleep", "infinity"]
+    for name in ("server", "edge", "prometheus", "grafana"):
+        assert services()[name]["depends_on"]["network"]["restart"]
 
 
 def test_every_container_is_without_rights() -> None:

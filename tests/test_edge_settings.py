@@ -117,7 +117,8 @@ def test_a_file_of_tokens(tmp_path: Path) -> None:
         '0123456789abcdef";\n',
         "$http_authorization00\n",
         "0123456789abcdef\n0123456789ABCDEF\n",
-        "x" * 600,
+        "x" * 513,
+        "~0123456789abcdef\n",
     ],
 )
 def test_what_is_no_token_is_refused_and_not_repeated(tmp_path: Path, content: str) -> None:

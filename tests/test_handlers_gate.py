@@ -71,6 +71,8 @@ def test_each_worker_is_heard_once_it_begins_a_batch(tmp_path: Path) -> None:
     assert launcher.unheard() == [os.getpid()]
     with worker.busy():
         assert launcher.unheard() == []
+        # It is told on a full disk, too.
+        assert (tmp_path / f"worker-{os.getpid()}").stat().st_blocks == 0
         launcher.close()
         assert not launcher.wait_idle(0)
     assert launcher.unheard() == []

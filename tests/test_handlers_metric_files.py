@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import struct
 import subprocess
 import sys
 import textwrap
@@ -169,17 +170,21 @@ def test_a_worker_with_the_number_of_a_dead_one_carries_on(
     folder.unregister()
 
 
+def full(*ignored: object) -> None:
+    raise OSError(28, "No space left on device")
+
+
 def test_where_there_is_no_space_a_worker_serves_without_metrics(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def full(*ignored: object) -> None:
-        raise OSError(28, "No space left on device")
-
     monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
     monkeypatch.setattr(os, "posix_fallocate", full)
     assert metric_files.join() is None
     assert "PROMETHEUS_MULTIPROC_DIR" not in os.environ
     assert "No space left" in caplog.text
+    # What it leaves behind stops nobody from collecting.
+    assert list(tmp_path.glob("*.db")) == []
+    assert values(MetricFolder(tmp_path)) == {}
 
 
 def test_where_there_is_no_space_nothing_is_merged_and_nothing_lost(
@@ -189,16 +194,45 @@ def test_where_there_is_no_space_nothing_is_merged_and_nothing_lost(
     with workers(tmp_path, 1) as (dead,):
         dead.count(4)
         dead.kill()
-
-    def full(*ignored: object) -> None:
-        raise OSError(28, "No space left on device")
-
     with monkeypatch.context() as patch:
         patch.setattr(os, "posix_fallocate", full)
         assert values(folder)["counted_total"] == 4
         assert not (tmp_path / "counter_merged.db").exists()
     assert values(folder)["counted_total"] == 4
     assert (tmp_path / "counter_merged.db").exists()
+
+
+def test_files_that_a_full_disk_cut_short_are_cleared_away(tmp_path: Path) -> None:
+    folder = MetricFolder(tmp_path)
+    with workers(tmp_path, 1) as (dead,):
+        dead.count(4)
+        dead.kill()
+    for kind in ("counter", "histogram", "gauge_livesum"):
+        (tmp_path / f"{kind}_{2**22 + 1}.db").touch()
+    assert values(folder)["counted_total"] == 4
+    assert {path.name for path in tmp_path.glob("*.db")} == {
+        "counter_merged.db",
+        "histogram_merged.db",
+    }
+
+
+def test_what_goes_wrong_in_a_sweep_is_said_once_and_does_not_end_the_exporter(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = MetricFolder(tmp_path)
+    broken = tmp_path / f"counter_{2**22 + 1}.db"
+    # Its head counts 64 bytes as used, and the first key goes past them.
+    content = struct.pack("iii", 64, 0, 1000).ljust(64, b"\0")
+    broken.write_bytes(content)
+    folder.tend()
+    folder.tend()
+    assert broken.exists()
+    assert caplog.text.count("could not be merged") == 1
+    broken.unlink()
+    folder.tend()
+    broken.write_bytes(content)
+    folder.tend()
+    assert caplog.text.count("could not be merged") == 2
 
 
 def test_a_merged_file_is_no_larger_than_it_has_to_be(tmp_path: Path) -> None:

@@ -86,13 +86,14 @@ def test_operations_are_told_apart(recorded: Recorded) -> None:
         (Processor(explain="False", describe="True"), Answer({})),
         (Processor(explain="True"), Answer(b"png")),
         (Processor(describe="True"), Answer({})),
+        (Processor(explain="False", x_mambamic_probe="1"), Answer({})),
     )
     counts = [
         recorded.value(metrics.ANSWERS, operation=operation, status="200")
-        for operation in ("predict", "explain", "describe")
+        for operation in ("predict", "explain", "describe", "probe")
     ]
-    assert counts == [2, 1, 1]
-    assert recorded.value(metrics.BATCH_REQUESTS, "_sum") == 4
+    assert counts == [2, 1, 1, 1]
+    assert recorded.value(metrics.BATCH_REQUESTS, "_sum") == 5
 
 
 def test_errors_are_counted_by_code_one_for_each_object(recorded: Recorded) -> None:

@@ -24,6 +24,7 @@ from mambamic.errors import CheckpointError, UsageError
 from mambamic.export.archive import write_archive
 from mambamic.handlers.gate import VARIABLE, Gate
 from mambamic.handlers.service import ImageClassifier
+from mambamic.prediction import Prediction
 
 from .random_checkpoint import CLASSES
 
@@ -302,10 +303,16 @@ def test_several_tiles_of_several_requests_share_a_batch(worker: Worker) -> None
     assert [len(body) for _, body in answers[:4]] == [2] * 4
 
 
-def test_a_readiness_check_is_a_prediction(worker: Worker) -> None:
-    ((status, body),) = worker.answer(as_sent([], {"X-Mambamic-Probe": "1"}))
+def test_a_readiness_check_is_a_prediction_that_does_not_count(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted: list[Prediction] = []
+    monkeypatch.setattr(worker.handler._metrics, "predicted", counted.append)
+    image = as_sent([("image", "image/png", png(1))])
+    (status, body), _ = worker.answer(as_sent([], {"X-Mambamic-Probe": "1"}), image)
     assert status == 200
     assert body["probability"] == max(body["probabilities"].values())
+    assert len(counted) == 1
 
 
 def test_the_ids_of_requests_are_logged_with_their_end(

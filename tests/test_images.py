@@ -174,6 +174,15 @@ def test_alpha_over_white(mode: str, format_: str) -> None:
     assert np.abs(pixels(data).astype(int) - GRADIENT[..., None]).max() <= 1
 
 
+def test_every_alpha_over_every_value() -> None:
+    value, alpha = np.meshgrid(np.arange(256), np.arange(256))
+    colours = np.stack([value, 255 - value, value // 2, alpha], -1).astype(np.uint8)
+    for rgba in (Image.fromarray(colours), Image.fromarray(colours[..., [0, 3]])):
+        paper = Image.new("RGBA", rgba.size, "white")
+        expected = Image.alpha_composite(paper, rgba.convert("RGBA")).convert("RGB")
+        assert (pixels(saved(rgba, "PNG")) == np.asarray(expected)).all()
+
+
 @pytest.mark.parametrize("mode", ["P", "L", "RGB", "1"])
 def test_transparent_colour_is_white(mode: str) -> None:
     image = Image.new(mode, (4, 1), 0)

@@ -103,6 +103,15 @@ def test_the_frontend_is_started_without_a_wrapper(tmp_path: Path) -> None:
     assert (jar_folder / "model-server.jar").exists()
 
 
+@pytest.mark.parametrize(("gigabytes", "heap"), [(1, 512), (8, 2048), (64, 4096)])
+def test_the_frontend_takes_a_quarter_of_what_a_container_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gigabytes: int, heap: int
+) -> None:
+    monkeypatch.setattr(settings, "usable_memory", lambda: gigabytes << 30)
+    line = command(Java(Path("java"), 17, "PATH"), ServerFolder(tmp_path), tmp_path, "python3")
+    assert {f"-Xmx{heap}m", f"-XX:MaxDirectMemorySize={heap}m"} < set(line)
+
+
 def test_workers_get_the_gate_and_not_the_users_torchserve_settings(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -86,7 +86,19 @@ def asked_for(text: str) -> set[str]:
     bare = re.sub(r'\{[^}]*\}|"[^"]*"|\b(by|on|ignoring|group_left) ?\([^)]*\)|\[[^]]*\]', "", text)
     functions = r"(?!\s*\()"
     words = set(re.findall(rf"(?<![\w:])[A-Za-z]\w*\b(?!:){functions}", bare))
-    return words - {"and", "or", "by", "offset", "group_left", "on", "ignoring", "e6", "m", "sum"}
+    return words - {
+        "and",
+        "or",
+        "unless",
+        "by",
+        "offset",
+        "group_left",
+        "on",
+        "ignoring",
+        "e6",
+        "m",
+        "sum",
+    }
 
 
 def test_what_rules_and_panels_ask_for_exists(monitoring: Path) -> None:

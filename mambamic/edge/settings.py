@@ -13,9 +13,10 @@ from mambamic.errors import UsageError
 from mambamic.export.archive import check_label
 from mambamic.launcher.settings import MAX_REQUEST_BYTES, QUEUE_SIZE
 
-# Shorter ones can be guessed.
-MIN_TOKEN = 16
-_TOKEN = re.compile(r"[A-Za-z0-9._~+/-]+=*")
+# Shorter ones can be guessed; nginx.conf has space for no longer ones.
+MIN_TOKEN, MAX_TOKEN = 16, 512
+# In a map of nginx what begins with ~ is a regular expression.
+_TOKEN = re.compile(r"[A-Za-z0-9._+/-][A-Za-z0-9._~+/-]*=*")
 _NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?")
 _HEAD = "# Written by `mambamic edge`, which writes it anew when it is called again.\n"
 
@@ -153,11 +154,12 @@ def read_tokens(path: Path) -> tuple[str, ...]:
         token = line.strip()
         if not token or token.startswith("#"):
             continue
-        if not _TOKEN.fullmatch(token) or not MIN_TOKEN <= len(token) <= 512:
+        if not _TOKEN.fullmatch(token) or not MIN_TOKEN <= len(token) <= MAX_TOKEN:
             # Not quoted: it is a secret.
             raise UsageError(
                 f"--tokens {path}: line {number} is not a token",
-                f"{MIN_TOKEN} to 512 letters, digits and any of ._~+/- with = at the end",
+                f"{MIN_TOKEN} to {MAX_TOKEN} letters, digits and any of ._~+/- with = at the end, "
+                "and no ~ at the beginning",
                 "make one by: openssl rand -hex 32",
             )
         tokens.append(token)

@@ -73,7 +73,7 @@ def main(arguments: Sequence[str]) -> None:
     listen(folder, int(port))
     while find_process(int(pid), float(created), MAIN_CLASS) is not None:
         # Also where nobody asks: workers may die meanwhile.
-        folder.sweep()
+        folder.tend()
         time.sleep(SWEEP_S)
 
 

@@ -25,11 +25,10 @@ def check_ready(port: int, timeout: float) -> list[str]:
     """
     deadline = time.monotonic() + timeout
     folder, record = _running(port)
-    headers = {"Content-Type": "image/png", **_token(folder, port, "inference")}
-    cell = probe.draw_cell()
+    headers = {probe.MARK: "1", **_token(folder, port, "inference")}
     for model in record.models:
         path = f"/predictions/{model}"
-        reply = _ask(record, deadline, port, "POST", path, cell, headers)
+        reply = _ask(record, deadline, port, "POST", path, headers)
         if reply.status != 200:
             raise ServerError(
                 f"{model} answers a drawn cell with status {reply.status}",
@@ -60,7 +59,7 @@ def check_live(port: int, timeout: float) -> list[str]:
     folder, record = _running(port)
     # "Partial Healthy", with 200, where one of several workers is given up on. While one is being
     # started again it still says "Healthy". Of a model's versions it knows only the default one.
-    ping = _ask(record, deadline, port, "GET", "/ping", None, _token(folder, port, "inference"))
+    ping = _ask(record, deadline, port, "GET", "/ping", _token(folder, port, "inference"))
     if ping.status != 200 or b'"Healthy"' not in ping.body:
         raise ServerError(
             f"TorchServe's health is {ping.status} {ping.body[:80].decode('utf-8', 'replace')!r}",
@@ -69,7 +68,7 @@ def check_live(port: int, timeout: float) -> list[str]:
         )
     headers = _token(folder, port, "management")
     for model in record.models:
-        reply = _ask(record, deadline, port + 1, "GET", f"/models/{model}", None, headers)
+        reply = _ask(record, deadline, port + 1, "GET", f"/models/{model}", headers)
         if not _has_ready_worker(reply):
             raise ServerError(
                 f"{model} has no worker that is ready",
@@ -101,14 +100,13 @@ def _ask(
     port: int,
     method: str,
     path: str,
-    body: bytes | None,
     headers: dict[str, str],
 ) -> probe.Reply:
     # The management API is on loopback, wherever predictions are answered.
     host = probe.reachable(record.host) if port == record.port else "127.0.0.1"
     try:
         left = max(0.001, deadline - time.monotonic())
-        return probe.ask(port, method, path, body, headers=headers, host=host, timeout=left)
+        return probe.ask(port, method, path, headers=headers, host=host, timeout=left)
     except (OSError, http.client.HTTPException) as error:
         raise ServerError(
             f"no answer to {method} {path} on port {port} ({error or type(error).__name__})",

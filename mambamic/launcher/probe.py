@@ -15,6 +15,10 @@ from mambamic.launcher.folders import ServerFolder
 
 _LINE = re.compile(r"^\S+ \[\w+ *\] (?P<thread>\S+) - (?P<message>.*)$")
 DIED = "Backend worker process died."
+# A request with this header carries no image: a drawn one is classified. So a readiness check,
+# which can send headers but seldom a file, asks for a real prediction, and none that is counted as
+# one: probes come day and night, and would drown what the metrics say of the images.
+MARK = "x-mambamic-probe"
 
 
 @dataclass(frozen=True)

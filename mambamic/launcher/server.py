@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import http.client
 import importlib.util
-import os
 import socket
 import subprocess
 import sys
@@ -34,6 +33,7 @@ from mambamic.launcher.settings import (
     environment,
     log_config,
 )
+from mambamic.machine import usable_cpus
 
 START_TIMEOUT_S = 180
 # TorchServe's worker imports these and its package does not declare them all.
@@ -171,7 +171,7 @@ def _launch(
     folder.log_config.write_text(log_config(settings, logs), encoding="utf-8")
     # Not inside the folder: the path of a worker's socket may be 107 bytes at most.
     scratch = Path(tempfile.mkdtemp(prefix=f"mambamic-{settings.port}-"))
-    threads = max(1, _cpus() // (settings.workers * len(models)))
+    threads = max(1, usable_cpus() // (settings.workers * len(models)))
     with (logs / CONSOLE_LOG).open("wb") as console:
         java_process = psutil.Popen(
             command(java, folder, scratch, sys.executable),
@@ -215,13 +215,6 @@ def keep_exporter(server: Server) -> None:
             server.record, exporter=server.exporter.pid, exporter_created=created
         )
         folder.write(server.record)
-
-
-def _cpus() -> int:
-    # A container, or taskset, may allow fewer than the machine has.
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _clear_logs(logs: Path) -> None:

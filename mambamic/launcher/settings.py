@@ -11,14 +11,13 @@ from pathlib import Path
 from string import Template
 from xml.sax.saxutils import quoteattr
 
-import psutil
-
 from mambamic.errors import BackendError, ServerError, UsageError
 from mambamic.export.archive import RESPONSE_TIMEOUT_S
 from mambamic.handlers.gate import VARIABLE as GATE_VARIABLE
 from mambamic.handlers.metric_files import FOLDER_VARIABLE, PORT_VARIABLE
 from mambamic.launcher.folders import EXPORTER_LOG, MAIN_CLASS, ServerFolder
 from mambamic.launcher.java import Java
+from mambamic.machine import usable_memory
 
 # 256 tiles of a megabyte; a response holds probabilities, or pictures in answer to one request.
 MAX_REQUEST_BYTES = 256 * 1024 * 1024
@@ -269,7 +268,7 @@ def command(java: Java, folder: ServerFolder, scratch: Path, python: str) -> lis
     """
     home = _torchserve_home()
     # A body is held a few times over on its way to a worker; the limit is a cap, not a claim.
-    heap = min(max(psutil.virtual_memory().total // 4, 1 << 29), 1 << 32) >> 20
+    heap = min(max(usable_memory() // 4, 1 << 29), 1 << 32) >> 20
     return [
         str(java.executable),
         *java.options(),

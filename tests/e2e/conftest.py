@@ -14,6 +14,7 @@ from mambamic import Classifier
 from mambamic.launcher.probe import draw_cell
 
 from ..random_checkpoint import write_random_checkpoint
+from .edges import Front, edge, scripted
 from .servers import ROOT, RunningServer, serve
 
 
@@ -62,3 +63,24 @@ def cell() -> bytes:
 def cell_image(cell: bytes) -> Image.Image:
     """The same, decoded."""
     return Image.open(io.BytesIO(cell))
+
+
+@pytest.fixture(scope="module")
+def shared_front() -> Iterator[Front]:
+    """An edge in front of two servers."""
+    with (
+        tempfile.TemporaryDirectory(prefix="mambamic-test-") as folder,
+        scripted() as one,
+        scripted() as two,
+        edge(Path(folder), "--timeout", "1", ports=[one.port, two.port]) as running,
+    ):
+        yield running, one, two
+
+
+@pytest.fixture
+def front(shared_front: Front) -> Front:
+    """The same, with servers that answer and have forgotten what they were asked."""
+    for server in shared_front[1:]:
+        server.answer = 200
+        server.seen.clear()
+    return shared_front

@@ -16,6 +16,10 @@ import urllib3
 
 from .servers import Answer, RunningServer, end_all, free_port, run_mambamic
 
+PREDICT = "/predictions/mambamic"
+# The beginning of a request, to be written to a socket as it is.
+CELL = b"POST /predictions/mambamic HTTP/1.1\r\nHost: x\r\n"
+
 
 @dataclass
 class RunningEdge(RunningServer):
@@ -140,6 +144,15 @@ def scripted(answer: int | str | Callable[[], int | str] = 200) -> Iterator[Scri
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+# An edge and the two servers behind it.
+Front = tuple[RunningEdge, ScriptedServer, ScriptedServer]
+
+
+def tries(*servers: ScriptedServer) -> int:
+    """How many requests servers have seen."""
+    return sum(len(server.seen) for server in servers)
 
 
 def error_of(answer: Answer | urllib3.BaseHTTPResponse) -> str:

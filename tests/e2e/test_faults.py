@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import urllib3
 
 from mambamic import Client, Prediction
 from mambamic.bundles import Limits
@@ -125,6 +126,11 @@ def test_a_full_disk_stops_no_prediction(quick_checkpoint: Path, state: Path, ce
             assert server.body(cell).json == before
             filler.unlink()
             assert front.body(cell).json == before
+            # Nor have the metrics of the first worker gone with the second, which found no space.
+            address = f"http://127.0.0.1:{server.port + 3}/metrics"
+            reply = urllib3.request("GET", address, retries=False, timeout=30)
+            assert reply.status == 200
+            assert b"mambamic_predictions_total" in reply.data
 
 
 def test_clients_that_hang_up_harm_no_other(quick: RunningServer, cell: bytes) -> None:

@@ -10,6 +10,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import urllib3
 
 from mambamic.export.archive import MODEL_CONFIG_FILE, write_archive
 
@@ -42,6 +43,15 @@ def test_a_server_that_is_well(
             answer = ask(server, question)
             assert (answer.returncode, answer.stderr) == (0, "")
             assert answer.stdout == f"{said}: mambamic/1.0, other/2\n"
+        address = f"http://127.0.0.1:{server.port + 3}/metrics"
+        told = urllib3.request("GET", address, retries=False, timeout=30).data.decode()
+        counts = dict(line.rsplit(" ", 1) for line in told.splitlines() if line[0] != "#")
+        probes = [name for name in counts if 'operation="probe"' in name and "requests" in name]
+        assert len(probes) == 2
+        assert {counts[name] for name in probes} == {"1.0"}
+        # Each model was asked for one prediction when it started, and for none since.
+        made = [name for name in counts if name.startswith("mambamic_predictions_total")]
+        assert sum(float(counts[name]) for name in made) == 2
 
 
 def test_a_worker_that_is_given_up_on(impatient: Path, state: Path) -> None:
