@@ -48,9 +48,10 @@ serve: $(VENV)/.serve ## start a server and print a first prediction (MODEL=, PO
 stop: $(VENV)/.serve ## stop the server (PORT=)
 	@$(BIN)/mambamic serve --stop --port $(PORT)
 
-# The files in their order, which has those with servers first: the longest.
+# The files in their order, which has those with servers first: the longest. Threads that wait do so
+# without taking a core from the other processes.
 test: $(VENV)/.dev ## run the tests (ARGS= for pytest, JOBS=)
-	@$(BIN)/python -m pytest -m 'not soak' -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
+	@OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -m 'not soak' -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 check: $(VENV)/.dev ## format, lint, types, and known holes where they can be looked up
 	$(BIN)/ruff format --check .
