@@ -25,10 +25,10 @@ def _own_state(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("offset", [0, 1, 2, 3])
 def test_a_port_in_use_is_named_with_the_remedy(offset: int) -> None:
+    taken = free_port() + offset
     with socket.socket() as occupied:
-        occupied.bind(("127.0.0.1", 0))
+        occupied.bind(("127.0.0.1", taken))
         occupied.listen()
-        taken = occupied.getsockname()[1]
         with pytest.raises(ServerError, match=rf"port {taken} on 127\.0\.0\.1.*--port"):
             server.check_ports(Settings(port=taken - offset))
 

@@ -156,8 +156,9 @@ def test_another_model_or_layout_is_not_mistaken_for_done(
     assert len([path for path in out.iterdir() if path.is_dir()]) == 3
 
 
-def test_killed_ten_times_the_table_is_that_of_an_undisturbed_run(
-    slide: Path, random_checkpoint: Path, tmp_path: Path
+@pytest.mark.parametrize("kills", [3, pytest.param(10, marks=pytest.mark.soak)])
+def test_killed_again_and_again_the_table_is_that_of_an_undisturbed_run(
+    kills: int, slide: Path, random_checkpoint: Path, tmp_path: Path
 ) -> None:
     layout = ("--model", str(random_checkpoint), *LAYOUT, "--stride", "32")
     assert score(slide, "--out", tmp_path / "reference", *layout).returncode == 0
@@ -166,7 +167,7 @@ def test_killed_ten_times_the_table_is_that_of_an_undisturbed_run(
     command = [sys.executable, "-m", "mambamic", "score", str(slide), "--out", str(out), *layout]
     written: dict[str, int] = {}
     chance = random.Random(7)
-    for _ in range(10):
+    for _ in range(kills):
         process = subprocess.Popen(
             command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import socket
 import struct
 import threading
@@ -14,7 +15,7 @@ from typing import Any
 
 import urllib3
 
-from .servers import Answer, RunningServer, end_all, free_port, run_mambamic
+from .servers import Answer, RunningServer, end_all, free_port, run_mambamic, wait_for
 
 PREDICT = "/predictions/mambamic"
 # The beginning of a request, to be written to a socket as it is.
@@ -34,6 +35,15 @@ class RunningEdge(RunningServer):
     @property
     def access_log(self) -> str:
         return (self.root / "logs" / "access.log").read_text(encoding="utf-8")
+
+    def log_lines(self, count: int, before: int = 0) -> list[dict[str, Any]]:
+        """Wait for ``count`` lines of the log after ``before`` others: nginx writes them late."""
+
+        def written() -> bool:
+            return len(self.access_log.splitlines()) >= before + count
+
+        assert wait_for(written, 10), self.access_log
+        return [json.loads(line) for line in self.access_log.splitlines()[before:]]
 
     def ask(self, method: str, path: str, **what: Any) -> urllib3.BaseHTTPResponse:
         """Send a request of any kind."""

@@ -173,4 +173,4 @@ def test_a_sender_that_stops_gets_no_server(state: Path) -> None:
             assert running.body(b"x").status == 200
             assert line.recv(65536) == b""
         assert len(server.seen) == 1
-        assert '"status":408' in running.access_log
+        assert wait_for(lambda: '"status":408' in running.access_log, 10)

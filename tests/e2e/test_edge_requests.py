@@ -17,7 +17,7 @@ from .edges import CELL, PREDICT, Front, edge, error_of, scripted, tries
 def test_ids_and_the_time_reach_the_server_and_the_log(front: Front) -> None:
     running, one, two = front
     one.answer = 507
-    began = time.time()
+    began, before = time.time(), len(running.access_log.splitlines())
     asked: dict[str, str] = {}
     for given in ("mine-1.x_Y", "x" * 64, "bad id", "x" * 65, 'a"b', ""):
         headers = {"X-Request-ID": given, "Content-Type": "image/png"}
@@ -39,7 +39,7 @@ def test_ids_and_the_time_reach_the_server_and_the_log(front: Front) -> None:
     for (stated,) in starts.values():
         assert re.fullmatch(r"t=\d+\.\d{3}", stated)
         assert began - 1 < float(stated[2:]) < time.time() + 1
-    lines = [json.loads(line) for line in running.access_log.splitlines()[-len(asked) :]]
+    lines = running.log_lines(len(asked), before)
     assert [line["id"] for line in lines] == list(asked.values())
     assert {line["status"] for line in lines} == {200}
 

@@ -21,7 +21,7 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
 
 from .edges import RunningEdge, edge
-from .servers import ROOT, RunningServer
+from .servers import ROOT, RunningServer, wait_for
 
 CELL = ROOT / "examples" / "cell.png"
 SHOT = os.environ.get("MAMBAMIC_SCREENSHOT")
@@ -108,9 +108,8 @@ def test_a_cell_is_classified_and_explained(browser: WebDriver, running: Running
     if SHOT:
         browser.save_screenshot(SHOT)
     assert complaints(browser) == []
-    log = running.access_log
-    assert '"path":"/explanations/mambamic"' in log
-    assert "cell.png" not in log
+    assert wait_for(lambda: '"path":"/explanations/mambamic"' in running.access_log, 10)
+    assert "cell.png" not in running.access_log
 
 
 def test_a_file_is_dropped(browser: WebDriver) -> None:
