@@ -48,8 +48,8 @@ serve: $(VENV)/.serve ## start a server and print a first prediction (MODEL=, PO
 stop: $(VENV)/.serve ## stop the server (PORT=)
 	@$(BIN)/mambamic serve --stop --port $(PORT)
 
-# The files in their order, which has those with servers first: the longest. Threads that wait do so
-# without taking a core from the other processes.
+# The files in the order of tests/conftest.py. Threads that wait do so without taking a core from the
+# other processes.
 test: $(VENV)/.dev ## run the tests (ARGS= for pytest, JOBS=)
 	@OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -m 'not soak' -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 

@@ -50,6 +50,8 @@ def root() -> Path:
 
 
 LEFT_OUT = pytest.StashKey[int]()
+# Files of more than a minute begin first, or one process would end long after the others.
+LONGEST = ("test_slides_score.py", "test_training_stops.py", "test_training_ranks.py")
 
 
 def pytest_configure() -> None:
@@ -68,6 +70,8 @@ def pytest_runtest_protocol() -> Generator[None, object, object]:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Skip what needs a GPU where there is none, and, outside CI, what needs absent data."""
     import torch
+
+    items.sort(key=lambda item: item.path.name not in LONGEST)
 
     if not torch.cuda.is_available():
         skip = pytest.mark.skip(reason="needs an NVIDIA GPU")

@@ -45,6 +45,11 @@ def test_only_one_start_at_a_time_has_the_folder(tmp_path: Path) -> None:
     with folder.claim() as first, folder.claim() as second:
         assert first
         assert not second
+        # Who has the folder makes parts of it anew: another one that tries must not come between.
+        folder.store.rmdir()
+        with folder.claim() as third:
+            assert not third
+        assert not folder.store.exists()
     with folder.claim() as again:
         assert again
 

@@ -119,9 +119,12 @@ class ServerFolder:
 
     def create(self) -> None:
         """Make the folder, for its owner only: it may hold tokens."""
-        self.root.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._create_root()
         for folder in (self.store, self.gate, self.metrics):
             folder.mkdir(exist_ok=True)
+
+    def _create_root(self) -> None:
+        self.root.mkdir(parents=True, exist_ok=True, mode=0o700)
 
     @contextmanager
     def claim(self) -> Iterator[bool]:
@@ -130,13 +133,15 @@ class ServerFolder:
         Yields:
             Whether it could be had: a second start at the same time cannot.
         """
-        self.create()
+        self._create_root()
         with (self.root / "lock").open("a") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 yield False
             else:
+                # Not before: who holds it may be about to make these anew.
+                self.create()
                 yield True
 
     def write(self, record: Record) -> None:
