@@ -107,22 +107,6 @@ def test_scores_are_those_of_the_same_pixels(
             assert row[f"probability_{name}"] == pytest.approx(probability, abs=1e-4)
 
 
-def test_an_onnx_file_gives_the_scores_of_its_checkpoint(
-    reference: Path, slide: Path, random_checkpoint: Path, tmp_path: Path
-) -> None:
-    from mambamic.cli import main
-
-    file = tmp_path / "model.onnx"
-    assert main(["onnx", str(random_checkpoint), str(file)]) == 0
-    done = score(slide, "--model", file, "--out", tmp_path / "out", *LAYOUT)
-    assert done.returncode == 0, done.stderr
-    here, there = table(reference), table(only(tmp_path / "out"))
-    assert here["x"].equals(there["x"])
-    for name in CLASSES:
-        gap = here[f"probability_{name}"].to_numpy() - there[f"probability_{name}"].to_numpy()
-        assert np.abs(gap).max() < 1e-4
-
-
 def test_the_record_says_how_it_was_run(reference: Path) -> None:
     record = json.loads((reference.parent / "run.json").read_text())
     assert record["failed"] == []
