@@ -50,7 +50,8 @@ def root() -> Path:
 
 
 LEFT_OUT = pytest.StashKey[int]()
-# Files of more than a minute begin first, or one process would end long after the others.
+# Files of more than a minute, which begin after those with servers: were they the last, one process
+# would end long after the others.
 LONGEST = ("test_slides_score.py", "test_training_stops.py", "test_training_ranks.py")
 
 
@@ -71,7 +72,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Skip what needs a GPU where there is none, and, outside CI, what needs absent data."""
     import torch
 
-    items.sort(key=lambda item: item.path.name not in LONGEST)
+    items.sort(key=lambda item: (item.path.parent.name != "e2e", item.path.name not in LONGEST))
 
     if not torch.cuda.is_available():
         skip = pytest.mark.skip(reason="needs an NVIDIA GPU")

@@ -52,7 +52,8 @@ class Image:
         done = subprocess.run(
             ["sh", "-c", self.moved(command)],
             cwd=folder,
-            env={**bare, **self.arguments, **self.environment, "PATH": path},
+            # Bytecode would only make a start quicker.
+            env={**bare, "PIP_NO_COMPILE": "1", **self.arguments, **self.environment, "PATH": path},
             capture_output=True,
             text=True,
             check=False,

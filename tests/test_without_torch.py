@@ -25,7 +25,15 @@ def scripts(root: Path, wheel: Path, tmp_path_factory: pytest.TempPathFactory) -
     """The programs of a fresh environment with the wheel and its extra ``ort``."""
     folder = tmp_path_factory.mktemp("environment")
     subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
-    install = ["-m", "pip", "install", "--quiet", "-c", str(root / "constraints.txt")]
+    install = [
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--no-compile",
+        "-c",
+        str(root / "constraints.txt"),
+    ]
     subprocess.run([str(folder / "bin/python"), *install, f"{wheel}[ort]"], check=True)
     return folder / "bin"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import fcntl
 import os
@@ -16,6 +17,8 @@ _RUN = os.environ.get("PYTEST_XDIST_TESTRUNUID", str(os.getpid()))
 
 def _lock(name: str) -> int:
     path = Path(tempfile.gettempdir(), f"mambamic-tests-{_RUN}-{name}")
+    # All processes of a run have opened it long before the first of them ends.
+    atexit.register(path.unlink, missing_ok=True)
     return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
 
 
