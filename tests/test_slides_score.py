@@ -140,11 +140,13 @@ def test_another_model_or_layout_is_not_mistaken_for_done(
     assert len([path for path in out.iterdir() if path.is_dir()]) == 3
 
 
-@pytest.mark.parametrize("kills", [3, pytest.param(10, marks=pytest.mark.soak)])
+@pytest.mark.parametrize(
+    ("kills", "stride"), [(3, "48"), pytest.param(10, "32", marks=pytest.mark.soak)]
+)
 def test_killed_again_and_again_the_table_is_that_of_an_undisturbed_run(
-    kills: int, slide: Path, random_checkpoint: Path, tmp_path: Path
+    kills: int, stride: str, slide: Path, random_checkpoint: Path, tmp_path: Path
 ) -> None:
-    layout = ("--model", str(random_checkpoint), *LAYOUT, "--stride", "32")
+    layout = ("--model", str(random_checkpoint), *LAYOUT, "--stride", stride)
     assert score(slide, "--out", tmp_path / "reference", *layout).returncode == 0
     reference = only(tmp_path / "reference")
     out = tmp_path / "out"

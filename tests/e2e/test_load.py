@@ -66,7 +66,7 @@ def load(
 def test_a_scenario(
     behind: tuple[RunningServer, RunningEdge], scenario: str, tmp_path: Path
 ) -> None:
-    found = load(behind[1], scenario, 5, tmp_path, users=3)
+    found = load(behind[1], scenario, 4, tmp_path, users=3)
     # Three at a time are within what the edge admits.
     assert set(found["statuses"]) == {"200"}
     assert found["faults"] == {}

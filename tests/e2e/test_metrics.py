@@ -47,7 +47,7 @@ from .servers import (
     wait_for,
 )
 
-LOAD_S = 12.0
+LOAD_S = 9.0
 CLIENTS = 4
 FILES_PER_WORKER = 6  # five of metrics and a lock
 

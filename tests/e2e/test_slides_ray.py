@@ -20,7 +20,7 @@ ROOT = SCRIPT.parent.parent.parent
 @pytest.fixture(scope="module")
 def slides(tmp_path_factory: pytest.TempPathFactory, data_dir: Path) -> list[Path]:
     path = tmp_path_factory.mktemp("slide") / "disc.tiff"
-    write_slide(path, (4096, 4096), 3, blobs([(1500, 2000, 1200)]))
+    write_slide(path, (4096, 4096), 3, blobs([(1500, 2000, 700)]))
     return [path, data_dir / "slides" / "CMU-1-Small-Region.corrupt.svs"]
 
 
