@@ -83,16 +83,21 @@ def test_200_real_cells(root: Path, data_dir: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "case", [case for case in CASES if case["size"] == 64], ids=lambda case: case["tag"]
+    "case",
+    [
+        pytest.param(case, id=str(case["tag"]), marks=[pytest.mark.soak] * (case["size"] != 64))
+        for case in CASES
+    ],
 )
 def test_golden_inputs(case: dict[str, int | str], tmp_path: Path) -> None:
     model = golden_model(case, "cpu", "cpu")
     name = f"{case['family']}_{case['variant']}"
     classes = tuple(str(i) for i in range(int(case["num_classes"])))
-    config = Config(name, classes, input_size=64)
+    size = int(case["size"])
+    config = Config(name, classes, input_size=size)
     checkpoint = save_checkpoint(tmp_path / "golden", config, model.state_dict(), "# Golden\n")
     session = onnxruntime.InferenceSession(serialise(checkpoint, float_input=True))
-    image = image_for(int(case["batch"]), 64, int(case["seed"]))
+    image = image_for(int(case["batch"]), size, int(case["seed"]))
     probabilities, logits = session.run(["probabilities", "logits"], {"images": image})
     golden = outputs()[f"{case['tag']}/logits"]
     assert np.abs(logits - golden).max() < 1e-4
