@@ -9,11 +9,10 @@ import numpy as np
 import pytest
 
 from mambamic.preprocess import Preprocess
+from mambamic.slides import on_ray
 from mambamic.slides.pipeline import Part, PartScores, Seconds
 from mambamic.slides.plan import Plan
 from mambamic.slides.read import Failure, Source
-
-on_ray = pytest.importorskip("mambamic.slides.on_ray")
 
 
 def _part(count: int = 4) -> Part:
