@@ -40,6 +40,12 @@ RESULT = "checkpoint"
 # outside its own allocator.
 _NO_MEMORY = (
     *("can't allocate memory", "Cannot allocate memory", "not enough memory", "out of memory"),
+    *("std::bad_alloc", "can't start new thread"),
+)
+# oneDNN keeps the reason to itself. What it cannot do at all it says before, of a descriptor.
+_ONEDNN_NO_MEMORY = (
+    *("could not create a primitive", "could not execute a primitive"),
+    "could not create a memory object",
 )
 
 
@@ -220,14 +226,20 @@ def _make(run: Run, train: Split, share: Share) -> TrainingModule:
     return TrainingModule(model, augmentation, run.recipe, weights)
 
 
+def _is_of_memory(error: Exception) -> bool:
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    said = str(error)
+    return said in _ONEDNN_NO_MEMORY or any(words in said for words in _NO_MEMORY)
+
+
 @contextmanager
 def _memory(run: Run, kind: str) -> Iterator[None]:
     """Say what to do where memory runs out."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        short = isinstance(error, MemoryError | torch.OutOfMemoryError)
-        if not short and not any(words in str(error) for words in _NO_MEMORY):
+        if not _is_of_memory(error):
             raise
         raise TrainingError(
             f"out of memory on {kind} with batch_size {run.recipe.batch_size} and input_size "
