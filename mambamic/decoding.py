@@ -182,7 +182,9 @@ class DecodePool:
             ServerError: A decoder process cannot be started.
         """
         if self._threads is not None:
-            return list(self._threads.map(self._decode_here, blobs))
+            # One image is decoded sooner than a thread wakes up for it.
+            over = map if len(blobs) == 1 else self._threads.map
+            return list(over(self._decode_here, blobs))
         # One batch at a time: each batch alone keeps all decoders busy.
         with self._lock:
             assert not self._closed, "the pool is closed"

@@ -20,11 +20,14 @@ from mambamic.launcher.settings import (
     Settings,
     command,
     config_properties,
+    default_batch_size,
     default_workers,
     environment,
     gpu_count,
     log_config,
 )
+
+JAVA = Java(Path("java"), 17, "PATH")
 
 
 def properties(asked: Settings, folder: ServerFolder) -> dict[str, str]:
@@ -81,11 +84,19 @@ def test_gpus_are_those_that_torch_can_use(tmp_path: Path, monkeypatch: pytest.M
     assert gpu_count() == (1 if torch.version.cuda else 0)
 
 
-def test_two_workers_for_each_gpu_and_one_for_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_suits_gpus_and_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def compiles_once(device: str) -> bool:
+        line = command(Settings(device=device), JAVA, ServerFolder(tmp_path), tmp_path, "python3")
+        return "-XX:TieredStopAtLevel=1" in line
+
+    devices = ("auto", "cuda", "cpu")
     monkeypatch.setattr(settings, "gpu_count", lambda: 3)
-    assert [default_workers(device) for device in ("auto", "cuda", "cpu")] == [6, 6, 1]
+    assert [default_workers(device) for device in devices] == [6, 6, 1]
+    assert [default_batch_size(device) for device in devices] == [32, 32, 8]
+    assert [compiles_once(device) for device in devices] == [False, False, True]
     monkeypatch.setattr(settings, "gpu_count", lambda: 0)
-    assert default_workers("auto") == 1
+    assert (default_workers("auto"), default_batch_size("auto")) == (1, 8)
+    assert compiles_once("auto")
 
 
 @pytest.mark.parametrize("host", ["::1", "[::1]", "::", "fe80::1%eth0"])
@@ -96,7 +107,7 @@ def test_an_ipv6_address_is_refused_with_what_to_use_instead(host: str) -> None:
 
 def test_the_frontend_is_started_without_a_wrapper(tmp_path: Path) -> None:
     java = Java(Path("/opt/java/bin/java"), 17, "PATH")
-    line = command(java, ServerFolder(tmp_path), tmp_path / "scratch", "python3")
+    line = command(Settings(), java, ServerFolder(tmp_path), tmp_path / "scratch", "python3")
     assert line[0] == "/opt/java/bin/java"
     assert f"-Djava.io.tmpdir={tmp_path}/scratch" in line
     (jar_folder,) = [Path(entry).parent for entry in line if entry.endswith("frontend/*")]
@@ -108,7 +119,7 @@ def test_the_frontend_takes_a_quarter_of_what_a_container_has(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gigabytes: int, heap: int
 ) -> None:
     monkeypatch.setattr(settings, "usable_memory", lambda: gigabytes << 30)
-    line = command(Java(Path("java"), 17, "PATH"), ServerFolder(tmp_path), tmp_path, "python3")
+    line = command(Settings(), JAVA, ServerFolder(tmp_path), tmp_path, "python3")
     assert {f"-Xmx{heap}m", f"-XX:MaxDirectMemorySize={heap}m"} < set(line)
 
 

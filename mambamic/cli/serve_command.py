@@ -15,7 +15,7 @@ from mambamic.errors import ServerError, UsageError
 from mambamic.handlers.gate import Gate
 from mambamic.launcher import probe, server, stopping
 from mambamic.launcher.archives import ModelSpec
-from mambamic.launcher.settings import Settings, default_workers
+from mambamic.launcher.settings import Settings, default_batch_size, default_workers
 
 DESCRIPTION = """\
 Serve models over HTTP with TorchServe. Ends when the first prediction has been answered; the
@@ -46,7 +46,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--workers", type=int, help="processes per model (default: two for each GPU, else one)")
     add("--device", choices=("auto", "cpu", "cuda"), default=defaults.device)
     add("--backend", choices=SCAN_BACKENDS, default=defaults.backend, help="of the scan")
-    add("--batch-size", type=int, default=defaults.batch_size, help="requests per batch, at most")
+    add(
+        "--batch-size", type=int, help="requests per batch, at most (default: 32 for a GPU, else 8)"
+    )
     add(
         "--max-batch-delay",
         type=int,
@@ -85,7 +87,9 @@ def run(args: argparse.Namespace) -> int:
         device=args.device,
         backend=args.backend,
         token_auth=args.token_auth,
-        batch_size=args.batch_size,
+        batch_size=(
+            default_batch_size(args.device) if args.batch_size is None else args.batch_size
+        ),
         max_batch_delay=args.max_batch_delay,
         decoders=args.decoders,
         foreground=args.foreground,

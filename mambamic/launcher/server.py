@@ -174,7 +174,7 @@ def _launch(
     threads = max(1, usable_cpus() // (settings.workers * len(models)))
     with (logs / CONSOLE_LOG).open("wb") as console:
         java_process = psutil.Popen(
-            command(java, folder, scratch, sys.executable),
+            command(settings, java, folder, scratch, sys.executable),
             cwd=folder.root,
             env=environment(folder, logs, scratch, threads),
             stdin=subprocess.DEVNULL,
