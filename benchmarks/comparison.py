@@ -26,7 +26,7 @@ def speed(results: dict[str, Any]) -> list[list[str]]:
                 str(row["connections"]),
                 row["server"],
                 f"{row['requests_per_second']:g} ({low:g} to {high:g})",
-                f"{row['p99_ms'] / 1e3:.2f} ({quick:.2f} to {slow:.2f})",
+                f"{row['p99_ms'] / 1e3:.3g} ({quick:.3g} to {slow:.3g})",
                 f"{row['cpu_ms_per_request']:g}",
             ]
         )

@@ -1,9 +1,11 @@
 """This server beside LitServe and BentoML, with the same model on a CPU: speed, and faults.
 
-All run at once and are loaded in turn, round after round, by one generator (wrk, Debian's package):
-what else the machine does meets each of them alike. The processor time that a server's processes
-spend on a request is given too: it says more than the clock where the machine has other work. The
-peers are installed into environments of their own; their settings are in ``benchmarks/peers``.
+All are up at once and are loaded in turn, round after round, by one generator (wrk, Debian's
+package): what else the machine does meets each of them alike. Those whose turn it is not are
+stopped meanwhile, as some are busy while they wait, at the cost of the one that is measured. The
+processor time that a server's processes spend on a request is given too: it says more than the
+clock where the machine has other work. The peers are installed into environments of their own;
+their settings are in ``benchmarks/peers``.
 """
 
 from __future__ import annotations
@@ -15,8 +17,8 @@ import shutil
 import statistics
 import sys
 import tempfile
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -34,20 +36,35 @@ def speed(
 ) -> list[Row]:
     """Return each round's figures, of each server at each number of connections."""
     rows = []
+    for server in servers:  # compilers and caches: nobody is measured in its first seconds
+        load(args.wrk, server.url, bodies, 8, 15)
     for round_number in range(args.rounds):
         for connections in args.connections:
             # Nobody is always the first, whose processor is the coolest.
             turn = round_number % len(servers)
             for server in [*servers[turn:], *servers[:turn]]:
-                load(args.wrk, server.url, bodies, connections, 2)
-                before = server.cpu_seconds()
-                row = load(args.wrk, server.url, bodies, connections, args.seconds)
+                with _stopped([other for other in servers if other is not server]):
+                    load(args.wrk, server.url, bodies, connections, 2)
+                    before = server.cpu_seconds()
+                    row = load(args.wrk, server.url, bodies, connections, args.seconds)
                 answered = max(1.0, row["requests_per_second"] * args.seconds)
                 spent = round((server.cpu_seconds() - before) * 1e3 / answered, 1)
                 row |= {"server": server.name, "round": round_number, "cpu_ms": spent}
                 rows.append(row)
                 print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
     return rows
+
+
+@contextmanager
+def _stopped(servers: Sequence[Running]) -> Iterator[None]:
+    processes = [process for server in servers for process in server.family()]
+    for process in processes:
+        process.suspend()
+    try:
+        yield
+    finally:
+        for process in processes:
+            process.resume()
 
 
 def summary(rows: Sequence[Row]) -> list[Row]:

@@ -101,8 +101,19 @@ def zipped(images: list[bytes]) -> bytes:
     return out.getvalue()
 
 
+def wait_until_idle(url: str, body: bytes) -> None:
+    """Return when a server has done what an earlier load left behind.
+
+    wrk hangs up with a request under way on each connection, which the server still works on. One
+    that is sent now waits for all of these.
+    """
+    kind = {"Content-Type": f"multipart/form-data; boundary={_BOUNDARY}"}
+    urllib3.request("POST", url, body=body, headers=kind, retries=False, timeout=60)
+
+
 def load(wrk: str, url: str, bodies: list[bytes], connections: int, seconds: int) -> Row:
     """Send requests from many connections, and return their rate and times."""
+    wait_until_idle(url, bodies[0])
     with tempfile.TemporaryDirectory() as folder:
         script = Path(folder, "load.lua")
         script.write_text(_WRK_SCRIPT)

@@ -13,7 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +131,9 @@ def stopped(running: Running, image: bytes) -> Row:
         running.process.terminate()
         answers = sent.answers()
     _, left = psutil.wait_procs(family, timeout=max(0.0, began + TIMEOUT_S - time.monotonic()))
+    for process in left:  # they would be in the way of what is measured next
+        with suppress(psutil.Error):
+            process.kill()
     return {
         "statuses": _plain(Counter(status for status, _ in answers)),
         "processes left": len(left),
