@@ -21,7 +21,7 @@ pytestmark = pytest.mark.soak
 MINUTES = float(os.environ.get("MAMBAMIC_SOAK_MINUTES", "10"))
 CLIENTS = 32
 KILL_EVERY = 60.0  # seconds
-BATCH = 32
+BATCH = 8
 
 
 class Client(threading.Thread):
