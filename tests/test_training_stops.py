@@ -281,6 +281,28 @@ def test_out_of_memory_says_what_to_make_smaller(data: Path, tmp_path: Path) -> 
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("words", "memory"),
+    [
+        ("could not create a primitive", True),
+        ("[enforce fail] DefaultCPUAllocator: can't allocate memory: 1 bytes", True),
+        ("std::bad_alloc", True),
+        # What oneDNN cannot do at all, with however much memory.
+        ("could not create a primitive descriptor for the matmul primitive. Run workload", False),
+    ],
+)
+def test_which_words_of_torch_are_of_memory(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: str, memory: bool
+) -> None:
+    def loss(*_: Any) -> torch.Tensor:
+        raise RuntimeError(words)
+
+    monkeypatch.setattr(TrainingModule, "loss", loss)
+    kind, said = (TrainingError, "out of memory on cpu") if memory else (RuntimeError, words[:20])
+    with pytest.raises(kind, match=said):
+        train(run_in(data, tmp_path / "out"), device="cpu", progress=False)
+
+
 def test_patience_ends_a_run_for_good(data: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     # At this rate the loss rises at once.
