@@ -7,14 +7,16 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from mambamic import create_model
 from mambamic.errors import TrainingError
-from mambamic.training.augment import Augmentation
+from mambamic.training.augment import Augmentation, shrink
 from mambamic.training.data import Batches, Split
 from mambamic.training.fit import quiet
 from mambamic.training.loss import criterion
@@ -168,11 +170,12 @@ def test_the_rate_ends_where_the_recipe_says(changes: dict[str, Any], last: floa
 
 
 def test_classes_are_weighed() -> None:
-    module = linear()
+    recipe = replace(RECIPE, augmentation=replace(RECIPE.augmentation, mixup=0.0))
+    module = linear(recipe)
     split, weights = images(), torch.tensor([1.0, 5.0])
-    weighted = TrainingModule(module.model, module.augmentation.eval(), RECIPE, weights)
+    weighted = TrainingModule(module.model, module.augmentation.eval(), recipe, weights)
     logits = module.model(module.augmentation(split.pixels))
-    expected = criterion(logits, split.labels, 0.1, weights)
+    expected = criterion(logits, split.labels, recipe.label_smoothing, weights)
     torch.testing.assert_close(weighted.loss(split.pixels, split.labels), expected)
 
 
@@ -229,10 +232,39 @@ def test_blended_images_have_the_labels_of_both() -> None:
     blends, shares = module.augmentation.blend(plain)
     assert ((shares > 0.5) & (shares < 1)).all()
     for index, share in enumerate(shares):
-        expected = share * plain[index] + (1 - share) * plain[-1 - index]
+        expected = share * plain[index] + (1 - share) * plain[index ^ 1]
         torch.testing.assert_close(blends[index], expected)
     each = torch.nn.functional.cross_entropy
     smoothing, logits = RECIPE.label_smoothing, module.model(blends)
     own = each(logits, split.labels, reduction="none", label_smoothing=smoothing)
-    others = each(logits, split.labels.flip(0), reduction="none", label_smoothing=smoothing)
+    others = each(logits, split.labels[[1, 0, 3, 2]], reduction="none", label_smoothing=smoothing)
     torch.testing.assert_close(blended, (shares * own + (1 - shares) * others).mean())
+
+
+def test_the_first_epochs_see_smaller_images() -> None:
+    """Half of four epochs at half of 64 pixels; what chooses the epoch is seen as it is."""
+    recipe = replace(RECIPE, early_share=0.5, early_side=0.5)
+    sides: list[tuple[bool, int]] = []
+
+    class Mean(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(3, 2)
+
+        def forward(self, images: Tensor) -> Tensor:
+            sides.append((self.training, images.shape[-1]))
+            logits: Tensor = self.linear(images.mean((2, 3)))
+            return logits
+
+    module = TrainingModule(Mean(), Augmentation((0.5,) * 3, (0.5,) * 3), recipe)
+    fit(module, images(64))
+    assert [side for training, side in sides if training] == [32] * 8 + [64] * 8
+    assert {side for training, side in sides if not training} == {64}
+
+
+def test_smaller_images_are_what_reading_them_smaller_gives() -> None:
+    image = Image.linear_gradient("L").convert("RGB").resize((64, 64)).rotate(30)
+    pixels = torch.from_numpy(np.array(image))[None]
+    expected = np.array(image.resize((32, 32), Image.Resampling.BILINEAR))
+    difference = shrink(pixels, 32)[0].int() - torch.from_numpy(expected).int()
+    assert difference.abs().max() <= 1

@@ -17,7 +17,9 @@ from mambamic.training.recipe import Recipe, Strengths, epoch_seed
     [
         ("epochs", 0),
         ("warmup_epochs", -1),
-        ("warmup_epochs", 46),
+        ("warmup_epochs", 64),
+        ("early_share", 1.1),
+        ("early_side", 0.0),
         ("batch_size", 1),
         ("learning_rate", 0.0),
         ("learning_rate", math.nan),

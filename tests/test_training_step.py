@@ -6,7 +6,10 @@ import pytest
 import torch
 
 from mambamic.errors import UsageError
+from mambamic.models import create_model
 from mambamic.training import module, step
+from mambamic.training.augment import Augmentation
+from mambamic.training.recipe import Recipe
 
 
 def test_steps_train() -> None:
@@ -43,6 +46,35 @@ def test_what_is_replayed_is_what_would_be_launched(monkeypatch: pytest.MonkeyPa
         losses.append([float(work()) for _ in range(3)])
         monkeypatch.undo()
     assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+
+
+@pytest.mark.gpu
+def test_images_of_another_size_are_captured_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small images, full ones, and small ones again, with a step of the optimiser after each."""
+    device = torch.device("cuda")
+    every = torch.randint(0, 256, (32, 224, 224, 3), dtype=torch.uint8, device=device)
+    labels = torch.randint(0, 8, (32,), device=device)
+    losses = []
+    for replayed in (False, True):
+        torch.manual_seed(0)
+        model = create_model("mambamic_t", 8)
+        augmentation = Augmentation((0.5,) * 3, (0.5,) * 3)
+        trained = module.TrainingModule(model, augmentation, Recipe(batch_size=32)).to(device)
+        trained.replayed = replayed
+        optimizer = trained.optimizer()
+        torch.manual_seed(1)
+        found = []
+        for side in (160, 160, 224, 224, 160):
+            monkeypatch.setattr(Recipe, "side", lambda *_, side=side: side)
+            optimizer.zero_grad()
+            with torch.autocast("cuda", torch.bfloat16):
+                loss = trained.loss(every, labels)
+            loss.backward()
+            trained.clip()
+            optimizer.step()
+            found.append(float(loss))
+        losses.append(found)
+    assert losses[1] == pytest.approx(losses[0], rel=2e-3)
 
 
 def test_the_architecture_is_checked() -> None:

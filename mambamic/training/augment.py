@@ -79,7 +79,7 @@ class Augmentation(nn.Module):
         return self.share.of(drawn), order
 
     def blend(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Blend each of (B, 3, S, S) images with its partner, that at its place from the end.
+        """Blend each of (B, 3, S, S) images with its neighbour.
 
         Returns:
             The blends, and (B,) what of each is still the image.
@@ -89,7 +89,7 @@ class Augmentation(nn.Module):
         shares = (drawn.pin_memory() if images.is_cuda else drawn).to(
             images.device, non_blocking=True
         )
-        return torch.lerp(images.flip(0), images, shares[:, None, None, None]), shares
+        return torch.lerp(neighbours(images), images, shares[:, None, None, None]), shares
 
     def _normalise(self, images: Tensor) -> Tensor:
         return images * self.scale[:, None, None] + self.shift[:, None, None]
@@ -97,6 +97,25 @@ class Augmentation(nn.Module):
 
 def _images(pixels: Tensor) -> Tensor:
     return pixels.permute(0, 3, 1, 2).float() / 255
+
+
+def neighbours(values: Tensor) -> Tensor:
+    """Exchange the first with the second along the first axis, the third with the fourth and so on.
+
+    Neighbours are in the same part of a batch, however many processes share it, as long as the
+    parts are even.
+    """
+    paired = len(values) // 2 * 2
+    exchanged = values[:paired].unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
+    return torch.cat([exchanged, values[paired:]])
+
+
+def shrink(pixels: Tensor, side: int) -> Tensor:
+    """Bring (B, S, S, 3) uint8 pixels to a smaller side, antialiased as images are when read."""
+    images = F.interpolate(
+        pixels.permute(0, 3, 1, 2).float(), (side, side), mode="bilinear", antialias=True
+    )
+    return images.round().byte().permute(0, 2, 3, 1).contiguous()
 
 
 def warp(images: Tensor, maps: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch.optim.swa_utils import AveragedModel
 from torchmetrics import MeanMetric
 
 from mambamic.errors import TrainingError
-from mambamic.training.augment import Augmentation
+from mambamic.training.augment import Augmentation, neighbours, shrink
 from mambamic.training.loss import accuracy, criterion
 from mambamic.training.ranks import average_over_ranks
 from mambamic.training.recipe import Recipe, epoch_seed
@@ -64,9 +64,11 @@ def capture(model: nn.Module, images: Tensor) -> None:
     """Replay a model's forward and backward pass as CUDA graphs whenever it trains.
 
     They are thousands of short kernels, which take the GPU less time than the host needs to
-    launch them. Every later batch must have the shape of this one. What the trial runs before the
-    capture change is put back: running statistics and the state of the random numbers.
+    launch them. Every later batch must have the shape of this one, or be captured anew. What the
+    trial runs before the capture change is put back: running statistics and the state of the random
+    numbers.
     """
+    vars(model).pop("forward", None)  # that of an earlier capture, with its memory
     torch.cuda.synchronize(images.device)
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     random = torch.cuda.get_rng_state(images.device)
@@ -120,7 +122,8 @@ class TrainingModule(pl.LightningModule):
         # Over all processes, whose shares may differ in size by an image. What is not a number is
         # no matter for a warning: it ends the run.
         self.val_loss, self.val_accuracy = (MeanMetric(nan_strategy="ignore") for _ in range(2))
-        self.to_capture = os.environ.get(GRAPHS) != "0"  # at the first step on a GPU
+        self.replayed = os.environ.get(GRAPHS) != "0"  # on a GPU
+        self._captured: torch.Size | None = None
         self.register_buffer("weights", weights, persistent=False)
         # The first step with a number that is not finite; on the device, which nobody waits for.
         never = torch.tensor(torch.iinfo(torch.int64).max)
@@ -129,17 +132,18 @@ class TrainingModule(pl.LightningModule):
     def loss(self, pixels: Tensor, labels: Tensor) -> Tensor:
         """Return the loss of one batch of (B, S, S, 3) uint8 pixels and (B,) or (B, C) labels."""
         with torch.no_grad(), torch.autocast(pixels.device.type, enabled=False):
-            images = self.augmentation(pixels)
+            side = self.recipe.side(self.current_epoch, pixels.shape[1])
+            images = self.augmentation(shrink(pixels, side) if side < pixels.shape[1] else pixels)
             mixed = self.augmentation.strengths.mixup > 0
             images, shares = self.augmentation.blend(images) if mixed else (images, None)
-        if images.is_cuda and self.to_capture:
-            self.to_capture = False
+        if images.is_cuda and self.replayed and images.shape != self._captured:
             capture(self.model, images)
+            self._captured = images.shape
         logits = self.model(images).float()
         given = (self.recipe.label_smoothing, self.weights)
         if shares is None:
             return criterion(logits, labels, *given)
-        others = criterion(logits, labels.flip(0), *given, 1 - shares)
+        others = criterion(logits, neighbours(labels), *given, 1 - shares)
         return criterion(logits, labels, *given, shares) + others
 
     def training_step(self, batch: tuple[Tensor, Tensor], _index: int) -> Tensor:

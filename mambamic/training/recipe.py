@@ -10,6 +10,7 @@ from typing import Any
 from mambamic.errors import UsageError
 
 Pair = tuple[float, float]
+_REDUCTION = 32  # pixels of the input that the networks' last stage has one place for
 
 
 def _as(about: str, expected: str, holds: Callable[[Any], bool]) -> dict[str, Any]:
@@ -69,7 +70,7 @@ class Strengths:
     )
     rotation: float = field(default=180.0, metadata=_within("degrees to either side", 180))
     scale: Pair = field(
-        default=(0.9, 1.1), metadata=_span("factors between which the size changes", 10)
+        default=(0.8, 1.2), metadata=_span("factors between which the size changes", 10)
     )
     shift: float = field(default=0.06, metadata=_within("share of the side, in either direction"))
     stain: float = field(
@@ -77,17 +78,17 @@ class Strengths:
     )
     colour: float = field(default=0.8, metadata=_within("probability of what the next four do"))
     brightness: float = field(
-        default=0.15, metadata=_within("added to or taken from all channels, at most")
+        default=0.2, metadata=_within("added to or taken from all channels, at most")
     )
     contrast: float = field(
-        default=0.15, metadata=_within("change of the factor of all channels, at most")
+        default=0.2, metadata=_within("change of the factor of all channels, at most")
     )
-    saturation: float = field(default=0.15, metadata=_within("change of the saturation, at most"))
+    saturation: float = field(default=0.2, metadata=_within("change of the saturation, at most"))
     hue: float = field(
-        default=0.02, metadata=_within("turn of the hue, as a share of the circle, at most", 0.5)
+        default=0.03, metadata=_within("turn of the hue, as a share of the circle, at most", 0.5)
     )
     mixup: float = field(
-        default=0.0,
+        default=0.3,
         metadata=_within("largest share of another image that is blended in, with its label", 0.5),
     )
 
@@ -103,9 +104,21 @@ class Recipe:
     Each field's metadata says what it is.
     """
 
-    epochs: int = field(default=46, metadata=_least("passes over the training images", 1))
+    epochs: int = field(default=64, metadata=_least("passes over the training images", 1))
     warmup_epochs: int = field(
         default=3, metadata=_least("of these, with a rising learning rate", 0)
+    )
+    early_share: float = field(
+        default=0.6,
+        metadata=_within("share of the epochs, the first, on smaller images: they take less time"),
+    )
+    early_side: float = field(
+        default=5 / 7,
+        metadata=_as(
+            "side of these, as a share of the input size",
+            "more than 0 and at most 1",
+            lambda value: 0 < value <= 1,
+        ),
     )
     batch_size: int = field(
         default=128,
@@ -139,13 +152,13 @@ class Recipe:
         ),
     )
     label_smoothing: float = field(
-        default=0.1, metadata=_fraction("probability spread over all classes")
+        default=0.05, metadata=_fraction("probability spread over all classes")
     )
     clip_norm: float = field(
         default=1.0, metadata=_least("largest norm of the gradient, 0 for any", 0)
     )
     ema_decay: float = field(
-        default=0.995,
+        default=0.998,
         metadata=_fraction("per step in the long run, of the average of the weights; 0: none"),
     )
     class_weighting: str = field(
@@ -177,6 +190,17 @@ class Recipe:
                 f"fewer than the {self.epochs} epochs",
                 "give fewer warmup_epochs, 0 say, or more epochs",
             )
+
+    def side(self, epoch: int, full: int) -> int:
+        """Return the side of the images of an epoch: a multiple of 32, or the input size.
+
+        Args:
+            epoch: Counted from 0.
+            full: The input size.
+        """
+        if epoch >= round(self.early_share * self.epochs):
+            return full
+        return min(full, max(1, round(self.early_side * full / _REDUCTION)) * _REDUCTION)
 
     def as_dict(self) -> dict[str, Any]:
         """Return the settings for a record of the run, those of the augmentation within."""

@@ -39,14 +39,14 @@ def make_step(
         size: Height and width in pixels.
         compiled: Whether the network goes through ``torch.compile``.
     """
-    recipe = Recipe(batch_size=batch)
+    recipe = Recipe(batch_size=batch, early_share=0.0)  # of full size
     model = create_model(arch, _CLASSES)
     set_scan_backend(model, backend)
     module = TrainingModule(model, Augmentation((0.5,) * 3, (0.5,) * 3), recipe).to(device)
     optimizer = module.optimizer()
     if compiled:
         model.compile()
-        module.to_capture = False  # one or the other
+        module.replayed = False  # one or the other
     pixels = torch.randint(0, 256, (batch, size, size, 3), dtype=torch.uint8, device=device)
     labels = torch.randint(0, _CLASSES, (batch,), device=device)
 
