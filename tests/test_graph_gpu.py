@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -11,7 +13,7 @@ from torch import Tensor
 
 from mambamic.errors import ShapeError
 from mambamic.graph.fold import inverse
-from mambamic.graph.gpu import GpuGraph
+from mambamic.graph.gpu import GpuGraph, _Place
 from mambamic.graph.plain import forward
 from mambamic.models import VARIANTS, create_model
 from mambamic.models.mambamic import MambaMIC
@@ -82,6 +84,32 @@ def test_is_deterministic(name: str) -> None:
     for _ in range(3):
         torch.full((64 * 1024 * 1024,), float("nan"), device=DEVICE)  # poison what is reused
         assert torch.equal(graph(pixels), first)
+
+
+@pytest.mark.parametrize("late", ["beside", "join"])
+@pytest.mark.parametrize("name", ["mambamic_t", "medmamba_t"])
+def test_branches_share_no_memory(name: str, late: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever of a block's two branches is the later one."""
+    torch.manual_seed(0)
+    model = create_model(name, 5).eval()
+    graph = GpuGraph(model, DEVICE, torch.float32, SCALE, SHIFT)
+    pixels = torch.randint(0, 256, (3, 64, 64, 3), device=DEVICE).byte()
+    expected = graph(pixels)
+    before = getattr(_Place, late)
+
+    def join(place: _Place) -> None:
+        torch.cuda._sleep(10_000_000)  # clock ticks, 5 ms; the branch beside has long ended
+        before(place)
+
+    @contextmanager
+    def beside(place: _Place) -> Iterator[None]:
+        with before(place):
+            torch.cuda._sleep(10_000_000)
+            yield
+
+    monkeypatch.setattr(_Place, late, {"beside": beside, "join": join}[late])
+    for _ in range(3):
+        assert torch.equal(graph(pixels), expected)
 
 
 @pytest.mark.parametrize("name", VARIANTS)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 
@@ -26,8 +28,10 @@ def test_a_step_does_not_wait_for_the_gpu(arch: str) -> None:
     work()
     work()
     torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Synchronization debug mode is a prototype")
+            torch.cuda.set_sync_debug_mode("error")
         work()
     finally:
         torch.cuda.set_sync_debug_mode("default")
@@ -72,7 +76,7 @@ def test_images_of_another_size_are_captured_anew(monkeypatch: pytest.MonkeyPatc
             loss.backward()
             trained.clip()
             optimizer.step()
-            found.append(float(loss))
+            found.append(float(loss.detach()))
         losses.append(found)
     assert losses[1] == pytest.approx(losses[0], rel=2e-3)
 

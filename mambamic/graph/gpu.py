@@ -181,11 +181,13 @@ class _MedMambaBlock:
 
     def __call__(self, x: Tensor) -> Tensor:
         """Map (B, H, W, C) to the same, in place."""
+        # Held until both have joined: what is free, the stream that it came from uses again.
         left, right = cuda_layers.split_norm(x, *self.affine, *self.norm)
         with self.place.beside():
+            local = left
             for weight, bias in self.dense:
-                left = _conv_relu(left, weight, bias)
-            local = F.linear(left, *self.mix)
+                local = _conv_relu(local, weight, bias)
+            local = F.linear(local, *self.mix)
         right = F.linear(self.scan(F.linear(right, self.in_proj)), self.out_proj)
         self.place.join()
         return cuda_layers.interleave_add_(x, local, right)
