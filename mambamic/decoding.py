@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from mambamic.errors import DecodeError, MambamicError, ServerError
-from mambamic.images import MAX_PIXELS, open_image, to_rgb
+from mambamic.images import MAX_PIXELS, open_image, to_pixels
 from mambamic.machine import usable_cpus
 from mambamic.preprocess import Preprocess
 
@@ -98,7 +98,7 @@ def _decode_timed(preprocess: Preprocess, blob: BytesLike, max_pixels: int, room
     try:
         image = open_image(blob, max_pixels)
         with room.of(image.width * image.height) as waited:
-            rgb = to_rgb(image)
+            rgb = to_pixels(image)
             decoded = time.perf_counter()
             pixels = preprocess.pixels(rgb)
     except MambamicError as error:

@@ -8,9 +8,11 @@
 - Palette, 1-bit, LAB, CMYK and YCbCr are converted to sRGB; embedded colour profiles are ignored.
 - Alpha, or a transparent colour, is composited over white.
 
-NumPy and Pillow only, and safe in threads. The one piece of global state that is changed: from the
-first call on, Python warnings raised inside Pillow's modules are ignored. Suspending them for each
-call instead (``warnings.catch_warnings``) is not safe in threads.
+JPEG pixels are decoded by libjpeg-turbo itself (simplejpeg), which gives the values that Pillow
+gives, without Pillow's own copies of them; all else is Pillow's. Safe in threads. The one piece of
+global state that is changed: from the first call on, Python warnings raised inside Pillow's modules
+are ignored. Suspending them for each call instead (``warnings.catch_warnings``) is not safe in
+threads.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ import warnings
 from typing import TYPE_CHECKING
 
 import numpy as np
+import simplejpeg
 from PIL import Image, UnidentifiedImageError
 from PIL.ExifTags import Base as ExifTag
 
@@ -31,6 +34,8 @@ if TYPE_CHECKING:
     from typing import TypeAlias
 
     from PIL.ImageFile import ImageFile
+
+    from mambamic.preprocess import Pixels
 
     BytesLike: TypeAlias = bytes | bytearray | memoryview
 
@@ -116,6 +121,23 @@ def open_image(data: BytesLike, max_pixels: int = MAX_PIXELS) -> ImageFile:
     return image
 
 
+def to_pixels(image: ImageFile) -> Image.Image | Pixels:
+    """Decode what `open_image` opened, by the rule of this module, in the form that costs least.
+
+    Returns:
+        (H, W, 3) uint8 of most JPEG files, and of all else an image of mode RGB.
+
+    Raises:
+        DecodeError: The pixels are damaged, or of a kind that has no rule.
+        TooLargeError: It is a decompression bomb.
+    """
+    pixels = _jpeg_pixels(image)
+    if pixels is None:
+        return to_rgb(image)
+    turn = _orientation(image)
+    return pixels if turn is None else Image.fromarray(pixels).transpose(turn)
+
+
 def to_rgb(image: Image.Image) -> Image.Image:
     """Convert an image that Pillow has opened into 8-bit RGB, by the rule of this module.
 
@@ -171,15 +193,29 @@ def _check_size(size: tuple[int, int], tile: int, max_pixels: int) -> None:
         )
 
 
-def _upright(image: Image.Image) -> Image.Image:
+def _jpeg_pixels(image: ImageFile) -> Pixels | None:
+    """Return the pixels of a JPEG file, or None for Pillow to decode them or say what is wrong."""
+    if image.format != "JPEG" or image.mode not in ("RGB", "L"):
+        return None
+    assert isinstance(image.fp, io.BytesIO)
     try:
-        orientation = image.getexif().get(ExifTag.Orientation, 1)
+        pixels: Pixels = simplejpeg.decode_jpeg(image.fp.getbuffer(), "RGB")
+    except (ValueError, MemoryError):
+        return None
+    return pixels if pixels.shape == (image.height, image.width, 3) else None
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    turn = _orientation(image)
+    return image if turn is None else image.transpose(turn)
+
+
+def _orientation(image: Image.Image) -> Image.Transpose | None:
+    try:
+        return _TRANSPOSE.get(image.getexif().get(ExifTag.Orientation, 1))
     # Damaged metadata raises as many kinds of error as damaged pixels, and is no reason to refuse.
     except Exception:
-        return image
-    if orientation not in _TRANSPOSE:
-        return image
-    return image.transpose(_TRANSPOSE[orientation])
+        return None
 
 
 def _flat_rgb(image: Image.Image) -> Image.Image:

@@ -46,20 +46,24 @@ class Preprocess:
             if value not in known:
                 raise UsageError(f"{field} {value!r}", f"one of {', '.join(known)}", "choose one")
 
-    def pixels(self, image: Image.Image) -> Pixels:
+    def pixels(self, image: Image.Image | Pixels) -> Pixels:
         """Bring an image to the model's size.
 
         Args:
-            image: Mode RGB; any other mode is converted by Pillow.
+            image: (H, W, 3) uint8, or of mode RGB; any other mode is converted by Pillow.
 
         Returns:
             (input_size, input_size, 3) uint8.
         """
-        size = (self.input_size, self.input_size)
+        side = self.input_size
+        if isinstance(image, np.ndarray):
+            if image.shape == (side, side, 3):
+                return image
+            image = Image.fromarray(image)
         rgb = image if image.mode == "RGB" else image.convert("RGB")
         box = self.box(rgb.size)
-        if box != (0, 0, *size):
-            rgb = rgb.resize(size, INTERPOLATIONS[self.interpolation], box=box)
+        if box != (0, 0, side, side):
+            rgb = rgb.resize((side, side), INTERPOLATIONS[self.interpolation], box=box)
         return np.asarray(rgb)
 
     def box(self, size: tuple[int, int]) -> tuple[float, float, float, float]:

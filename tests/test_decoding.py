@@ -245,7 +245,7 @@ def test_few_large_images_are_decoded_at_once(monkeypatch: pytest.MonkeyPatch) -
             held.pop()
         return to_rgb(image)
 
-    monkeypatch.setattr(decoding, "to_rgb", slow)
+    monkeypatch.setattr(decoding, "to_pixels", slow)
     with DecodePool(PREPROCESS, threads=8) as pool:
         began = time.perf_counter()
         timed = pool.timed(BLOBS)

@@ -9,6 +9,7 @@ import struct
 import time
 import warnings
 import zlib
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ import pytest
 from PIL import Image, ImageFile
 
 from mambamic.errors import DecodeError, MambamicError, RequestError, TooLargeError
-from mambamic.images import decode, pixel_count
+from mambamic.images import decode, open_image, pixel_count, to_pixels, to_rgb
 
 # What each file of odd_images is to give: the size of the upright image, or the error.
 ODD: dict[str, tuple[int, int] | type[MambamicError]] = {
@@ -243,6 +244,7 @@ def test_orientation_is_applied(format_: str, orientation: int) -> None:
     data = saved(Image.fromarray(np.ascontiguousarray(stored)), format_, exif=exif)
     decoded = pixels(data)
     assert decoded.shape == (32, 64, 3)
+    assert np.array_equal(np.asarray(to_pixels(open_image(data))), decoded)
     assert np.abs(decoded[4::8, 4::8, 0].astype(int) - upright[4::8, 4::8]).max() <= 3
 
 
@@ -371,3 +373,34 @@ def test_mutated_files_give_an_image_or_our_error(seed: int, data_dir: Path) -> 
         except MambamicError:
             outcomes["error"] += 1
     assert min(outcomes.values()) > 10
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+@pytest.mark.parametrize("subsampling", [0, 1, 2])
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_jpeg_pixels_are_those_of_pillow(mode: str, subsampling: int, progressive: bool) -> None:
+    """Sizes that are and are not whole blocks, colour and grey."""
+    noise = np.random.default_rng(0).integers(0, 256, (48, 48, 3), np.uint8)
+    large = Image.fromarray(noise).resize((640, 480))
+    for size in ((224, 224), (123, 77), (17, 16), (9, 8), (1, 1)):
+        options = {"subsampling": subsampling, "progressive": progressive, "quality": 85}
+        data = saved(large.resize(size).convert(mode), "JPEG", **options)
+        pixels = to_pixels(open_image(data))
+        assert isinstance(pixels, np.ndarray) == (mode != "CMYK")
+        assert np.array_equal(np.asarray(pixels), np.asarray(decode(data)))
+
+
+def test_odd_jpeg_files_come_out_as_by_pillow(data_dir: Path) -> None:
+    """Those that are damaged with the same error."""
+    files = sorted((data_dir / "odd_images").glob("*.jpg"))
+    assert len(files) > 5
+    for file in files:
+        expected, got = (outcome(way, file.read_bytes()) for way in (to_rgb, to_pixels))
+        assert got == expected, file.name
+
+
+def outcome(way: Callable[[ImageFile.ImageFile], object], data: bytes) -> object:
+    try:
+        return np.asarray(way(open_image(data))).tolist()
+    except MambamicError as error:
+        return type(error), str(error)

@@ -15,6 +15,8 @@ from mambamic.training.recipe import Strengths
 from mambamic.training.recipe_files import read_recipe
 from mambamic.training.share import Share
 
+from . import gpu_waits
+
 MEAN: Triple = (0.485, 0.456, 0.406)
 STD: Triple = (0.229, 0.224, 0.225)
 NONE = Strengths(horizontal_flip=0, vertical_flip=0, quarter_turns=0, affine=0, colour=0, stain=0)
@@ -155,9 +157,5 @@ def test_stain_costs_no_wait_for_the_gpu() -> None:
     augmentation = Augmentation(MEAN, STD).cuda().train()
     pixels = smooth(8, 64).cuda()
     augmentation(pixels)
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with gpu_waits.refused():
         augmentation(pixels)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
-
 import pytest
 import torch
 
@@ -12,6 +10,11 @@ from mambamic.models import create_model
 from mambamic.training import module, step
 from mambamic.training.augment import Augmentation
 from mambamic.training.recipe import Recipe
+
+from . import gpu_waits
+
+# Said once, by torch's thread for backward passes, which makes the context then.
+pytestmark = pytest.mark.filterwarnings("ignore:Attempting to run cuBLAS:UserWarning")
 
 
 def test_steps_train() -> None:
@@ -27,14 +30,8 @@ def test_a_step_does_not_wait_for_the_gpu(arch: str) -> None:
     work = step.make_step(arch, 2, torch.device("cuda"))
     work()
     work()
-    torch.cuda.synchronize()
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Synchronization debug mode is a prototype")
-            torch.cuda.set_sync_debug_mode("error")
+    with gpu_waits.refused():
         work()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.gpu
