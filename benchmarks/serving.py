@@ -35,6 +35,7 @@ from mambamic.checkpoint import load_checkpoint
 from mambamic.decoding import DecodePool, decode_pixels
 
 _TILES = 64
+_MEASURED = ("null", "single", "zip")  # without one of them only rates are printed, and no ratio
 _SIDE = 224
 _BOUNDARY = "----------mambamic"
 _NULL_HANDLER = """
@@ -241,6 +242,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, nargs="+", default=[2])
     parser.add_argument("--connections", type=int, nargs="+", default=[1, 32, 64])
     parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--only", nargs="+", default=list(_MEASURED), choices=_MEASURED)
     parser.add_argument("--decoders", type=int, default=0)
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument("--seconds", type=int, default=8)
@@ -264,12 +266,19 @@ def main() -> None:
             print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
 
     for workers in args.workers:
-        with bare(args.port, workers, args.batch_size) as url:
-            measure("null", url, workers, single, 1)
+        if "null" in args.only:
+            with bare(args.port, workers, args.batch_size) as url:
+                measure("null", url, workers, single, 1)
+        if not {"single", "zip"} & set(args.only):
+            continue
         settings = {name: getattr(args, name) for name in ("batch_size", "decoders", "device")}
         with ours(args.checkpoint, args.port, {"workers": workers, **settings}) as url:
-            measure("mambamic", url, workers, single, 1)
-            measure("mambamic", url, workers, many, _TILES)
+            if "single" in args.only:
+                measure("mambamic", url, workers, single, 1)
+            if "zip" in args.only:
+                measure("mambamic", url, workers, many, _TILES)
+    if set(args.only) != set(_MEASURED):
+        return
     decode = decoding(args.checkpoint, images, args.seconds)
     classify = classifying(args.checkpoint, images, args.device, args.seconds)
 
