@@ -47,6 +47,7 @@ def check(body: Any, expected: dict[str, Any]) -> None:
     assert body["label"] == expected["label"]
     # A batch of another size may round differently.
     assert body["probabilities"] == pytest.approx(expected["probabilities"], abs=1e-5)
+    assert body["ood_score"] == pytest.approx(expected["ood_score"], abs=1e-5)
     assert body["probability"] == body["probabilities"][body["label"]]
     assert (body["model"], body["version"]) == ("mambamic", "1.0")
 
@@ -59,6 +60,8 @@ def test_the_start_ends_with_a_printed_prediction(server: RunningServer) -> None
         "label",
         "probability",
         "probabilities",
+        "in_distribution",
+        "ood_score",
         "model",
         "version",
     }
@@ -227,7 +230,7 @@ def test_64_clients_each_get_the_answer_to_their_own_image(
     expected = [
         prediction.as_json() for prediction in classifier.predict([decode(one) for one in images])
     ]
-    rows = np.array([list(one["probabilities"].values()) for one in expected])
+    rows = np.array([[*one["probabilities"].values(), one["ood_score"]] for one in expected])
     apart = np.abs(rows[:, None] - rows[None]).max(2) + np.eye(64)
     assert apart.min() > 1e-4, "two images that cannot be told apart"
     with Load(server, images, clients=64, requests=3) as load:
