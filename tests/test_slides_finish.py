@@ -72,6 +72,39 @@ def test_objects_are_in_the_schema_that_qupath_documents(tmp_path: Path) -> None
     assert (tmp_path / "again.geojson").read_bytes() == file.read_bytes()
 
 
+def test_an_object_is_what_json_makes_of_its_row(tmp_path: Path) -> None:
+    """Ids are those of ``uuid``, and numbers those of Python, also at the ends of their range."""
+    names = ('100 % "odd"', "tissue fraction")
+    rows = [[1.0, 0.0], [1e-7, 0.9999999], [0.1234565, 1e-40], [0.00012345678, 1 / 3]]
+    scores = np.array(rows, np.float32)
+    columns = {f"probability_{name}": pa.array(scores[:, n]) for n, name in enumerate(names)}
+    table = pa.table(
+        {
+            "tile": pa.array([0, 7, 512, 78960]),
+            **{axis: pa.array([30, 40, 50, 60]) for axis in "xywh"},
+            "tissue_fraction": pa.array([1, 0, 0.33333, 0.00001], pa.float32()),
+            **columns,
+            "top_class": pa.array([*names, *names]),
+            "status": pa.array(["ok"] * 4),
+        }
+    )
+    file = tmp_path / "t.geojson"
+    colours = class_colours(2)
+    assert write_geojson(file, [table], "key", names, colours, (5, 5)) == 4
+    lines = file.read_text().splitlines()[1:-1]
+    for row, line in zip(table.to_pylist(), lines, strict=True):
+        feature = json.loads(line.rstrip(","))
+        assert json.dumps(feature, ensure_ascii=False) == line.rstrip(",")
+        namespace = uuid.uuid5(uuid.NAMESPACE_URL, "key")
+        assert feature["id"] == str(uuid.uuid5(namespace, str(row["tile"])))
+        measured = feature["properties"]["measurements"]
+        first = row[f"probability_{names[0]}"]
+        assert measured[names[0]] == float(f"{first:.6g}")
+        assert measured[names[1]] == float(f"{row['tissue_fraction']:.4g}"), "it is the last"
+        assert all(type(value) is float for value in measured.values())
+        assert feature["properties"]["classification"]["name"] == row["top_class"]
+
+
 def test_no_object_is_still_a_collection(tmp_path: Path) -> None:
     file = tmp_path / "t.geojson"
     assert write_geojson(file, [], "key", CLASSES, class_colours(2), (0, 0)) == 0
@@ -89,6 +122,22 @@ def test_a_map_is_the_mean_of_the_tiles_at_each_place() -> None:
     assert mean[50, 50] == 0
     assert tiles.count.sum() == 300
     assert not (tiles.count < 0).any()
+
+
+def test_a_map_may_have_fewer_pixels_than_tiles_and_tiles_that_end_beyond_it() -> None:
+    x, y = (axis.ravel() for axis in np.meshgrid(np.arange(0, 100, 3), np.arange(0, 100, 3)))
+    tiles = TileMap(x, y, 7, (100, 100), (11, 13))
+    values = np.linspace(0, 1, len(x), dtype=np.float32)
+    mean = tiles.mean(values)
+    left, right = np.rint(x * 0.13).astype(int), np.rint((x + 7) * 0.13).astype(int)
+    top, bottom = np.rint(y * 0.11).astype(int), np.rint((y + 7) * 0.11).astype(int)
+    for row, column in np.ndindex(11, 13):
+        here = (top <= row) & (row < np.maximum(bottom, top + 1))
+        here &= (left <= column) & (column < np.maximum(right, left + 1))
+        assert tiles.count[row, column] == here.sum()
+        assert mean[row, column] == pytest.approx(
+            values[here].mean() if here.any() else 0, abs=1e-6
+        )
 
 
 def test_layers_show_the_class_and_leave_the_rest_clear() -> None:
