@@ -72,6 +72,39 @@ def test_objects_are_in_the_schema_that_qupath_documents(tmp_path: Path) -> None
     assert (tmp_path / "again.geojson").read_bytes() == file.read_bytes()
 
 
+def test_an_object_is_what_json_makes_of_its_row(tmp_path: Path) -> None:
+    """Ids are those of ``uuid``, and numbers those of Python, also at the ends of their range."""
+    names = ('100 % "odd"', "tissue fraction")
+    rows = [[1.0, 0.0], [1e-7, 0.9999999], [0.1234565, 1e-40], [0.00012345678, 1 / 3]]
+    scores = np.array(rows, np.float32)
+    columns = {f"probability_{name}": pa.array(scores[:, n]) for n, name in enumerate(names)}
+    table = pa.table(
+        {
+            "tile": pa.array([0, 7, 512, 78960]),
+            **{axis: pa.array([30, 40, 50, 60]) for axis in "xywh"},
+            "tissue_fraction": pa.array([1, 0, 0.33333, 0.00001], pa.float32()),
+            **columns,
+            "top_class": pa.array([*names, *names]),
+            "status": pa.array(["ok"] * 4),
+        }
+    )
+    file = tmp_path / "t.geojson"
+    colours = class_colours(2)
+    assert write_geojson(file, [table], "key", names, colours, (5, 5)) == 4
+    lines = file.read_text().splitlines()[1:-1]
+    for row, line in zip(table.to_pylist(), lines, strict=True):
+        feature = json.loads(line.rstrip(","))
+        assert json.dumps(feature, ensure_ascii=False) == line.rstrip(",")
+        namespace = uuid.uuid5(uuid.NAMESPACE_URL, "key")
+        assert feature["id"] == str(uuid.uuid5(namespace, str(row["tile"])))
+        measured = feature["properties"]["measurements"]
+        first = row[f"probability_{names[0]}"]
+        assert measured[names[0]] == float(f"{first:.6g}")
+        assert measured[names[1]] == float(f"{row['tissue_fraction']:.4g}"), "it is the last"
+        assert all(type(value) is float for value in measured.values())
+        assert feature["properties"]["classification"]["name"] == row["top_class"]
+
+
 def test_no_object_is_still_a_collection(tmp_path: Path) -> None:
     file = tmp_path / "t.geojson"
     assert write_geojson(file, [], "key", CLASSES, class_colours(2), (0, 0)) == 0
