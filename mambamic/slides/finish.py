@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 
 from mambamic.slides.colours import class_colours
@@ -66,14 +65,18 @@ def finish(folder: Path, how: Finish) -> dict[str, Any]:
     assert plan is not None
     classes = job["model"]["classes"]
     tally = Tally(classes)
-    for table in read_parts(folder, plan.parts):
+    scores = np.full((len(plan), len(classes)), np.nan, np.float32)
+    for number, table in enumerate(read_parts(folder, plan.parts)):
         tally.add(table)
+        for place, name in enumerate(classes):
+            column = table[PREFIX + name]
+            scores[plan.part(number), place] = column.to_numpy(zero_copy_only=False)
     status, reason = verdict(tally, how.max_bad, job["plan"].get("why_none"))
     outputs = [TABLE] if plan.parts else []
     if how.csv and plan.parts:
         write_csv(folder, plan.parts)
         outputs.append(CSV)
-    shown = Shown(job, {}, plan, _scores(folder, plan, classes))
+    shown = Shown(job, {}, plan, scores)
     if not job["tiles_are_files"] and tally.good:
         outputs += _pictures(folder, job, plan, shown, how)
     summary = {
@@ -96,16 +99,6 @@ def finish(folder: Path, how: Finish) -> dict[str, Any]:
     # Last: it says that all the others are there.
     write_json(folder / SUMMARY, summary)
     return summary
-
-
-def _scores(folder: Path, plan: Plan, classes: list[str]) -> NDArray[np.float32]:
-    """Read the scores of all tiles, NaN where there are none: (N, classes)."""
-    scores = np.full((len(plan), len(classes)), np.nan, np.float32)
-    columns = [PREFIX + name for name in classes]
-    for number, table in enumerate(read_parts(folder, plan.parts, columns)):
-        for place, column in enumerate(columns):
-            scores[plan.part(number), place] = table[column].to_numpy(zero_copy_only=False)
-    return scores
 
 
 def _pictures(

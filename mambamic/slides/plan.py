@@ -169,7 +169,8 @@ def read_plan(folder: Path, key: str) -> Plan | None:
     if job is None or job["key"] != key:
         return None
     sweep(folder)
-    table = pq.read_table(folder / PLAN)
+    with pq.ParquetFile(folder / PLAN) as file:
+        table = file.read()
     named = "name" in table.column_names
     return Plan(
         table["x"].to_numpy(),

@@ -18,7 +18,7 @@ from mambamic.slides.files import fresh
 from mambamic.slides.pipeline import PartScores
 
 TABLE, CSV = "tiles.parquet", "tiles.csv"
-PREFIX = "probability_"
+PREFIX, EMBEDDING = "probability_", "embedding"
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ def part_table(
     columns["status"] = pa.array(result.status)
     columns["message"] = pa.array([result.messages.get(n) for n in range(count)], pa.string())
     if embeddings:
-        columns["embedding"] = _lists(result.embeddings, bad)
+        columns[EMBEDDING] = _lists(result.embeddings, bad)
     return pa.table(columns)
 
 
@@ -121,12 +121,12 @@ def _lists(rows: NDArray[np.float32] | None, bad: NDArray[np.bool_]) -> pa.Array
     return pa.ListArray.from_arrays(pa.array(offsets), pa.array(kept.ravel()), mask=pa.array(bad))
 
 
-def read_parts(
-    folder: Path, parts: int, columns: Sequence[str] | None = None
-) -> Iterator[pa.Table]:
-    """Read the parts of a table one after the other, in their order."""
+def read_parts(folder: Path, parts: int) -> Iterator[pa.Table]:
+    """Read the parts of a table one after the other, in their order and without embeddings."""
     for number in range(parts):
-        yield pq.read_table(part_path(folder, number), columns=columns, partitioning=None)
+        # Not ``read_table``, which makes a data set of each file first, and takes twice as long.
+        with pq.ParquetFile(part_path(folder, number)) as file:
+            yield file.read([name for name in file.schema_arrow.names if name != EMBEDDING])
 
 
 def written(folder: Path, parts: int) -> set[int]:
@@ -139,12 +139,9 @@ def write_csv(folder: Path, parts: int) -> None:
     with fresh(folder / CSV) as temporary:
         writer = None
         for table in read_parts(folder, parts):
-            plain = (
-                table.drop_columns(["embedding"]) if "embedding" in table.schema.names else table
-            )
             if writer is None:
-                writer = pc.CSVWriter(temporary, plain.schema)
-            writer.write_table(plain)
+                writer = pc.CSVWriter(temporary, table.schema)
+            writer.write_table(table)
         if writer is None:
             temporary.write_text("")
         else:
