@@ -124,6 +124,22 @@ def test_a_map_is_the_mean_of_the_tiles_at_each_place() -> None:
     assert not (tiles.count < 0).any()
 
 
+def test_a_map_may_have_fewer_pixels_than_tiles_and_tiles_that_end_beyond_it() -> None:
+    x, y = (axis.ravel() for axis in np.meshgrid(np.arange(0, 100, 3), np.arange(0, 100, 3)))
+    tiles = TileMap(x, y, 7, (100, 100), (11, 13))
+    values = np.linspace(0, 1, len(x), dtype=np.float32)
+    mean = tiles.mean(values)
+    left, right = np.rint(x * 0.13).astype(int), np.rint((x + 7) * 0.13).astype(int)
+    top, bottom = np.rint(y * 0.11).astype(int), np.rint((y + 7) * 0.11).astype(int)
+    for row, column in np.ndindex(11, 13):
+        here = (top <= row) & (row < np.maximum(bottom, top + 1))
+        here &= (left <= column) & (column < np.maximum(right, left + 1))
+        assert tiles.count[row, column] == here.sum()
+        assert mean[row, column] == pytest.approx(
+            values[here].mean() if here.any() else 0, abs=1e-6
+        )
+
+
 def test_layers_show_the_class_and_leave_the_rest_clear() -> None:
     covered = np.array([[True, True, False]])
     means = [np.array([[0.9, 0.3, 0]], np.float32), np.array([[0.1, 0.7, 0]], np.float32)]

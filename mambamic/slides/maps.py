@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,32 +36,54 @@ class TileMap:
         slide: tuple[int, int],
         shape: tuple[int, int],
     ) -> None:
-        self._shape = shape
         across, down = shape[1] / slide[0], shape[0] / slide[1]
-        self._left = np.rint(x * across).astype(np.int64)
-        self._right = np.maximum(np.rint((x + size) * across).astype(np.int64), self._left + 1)
-        self._top = np.rint(y * down).astype(np.int64)
-        self._bottom = np.maximum(np.rint((y + size) * down).astype(np.int64), self._top + 1)
-        self.count = self._sum(np.ones(len(x)))
+        self._columns = _Edges(x * across, (x + size) * across, shape[1])
+        self._rows = _Edges(y * down, (y + size) * down, shape[0])
+        self._counts = self._sum(np.ones(len(x)))
+        self.count = self._spread(self._counts)
 
     def mean(self, values: Floats) -> Floats:
         """Return (h, w): the mean of a value over the tiles at each pixel, 0 where none is."""
-        mean: Floats = (self._sum(values) / np.maximum(self.count, 1)).astype(np.float32)
+        means = self._sum(values) / np.maximum(self._counts, 1)
+        mean: Floats = self._spread(means.astype(np.float32))
         return mean
 
     def _sum(self, values: NDArray[np.floating]) -> NDArray[np.float64]:
         # Each tile as four corners, then running sums: the cost does not grow with their size.
-        corners = np.zeros((self._shape[0] + 2, self._shape[1] + 2))
+        corners = np.zeros((self._rows.count, self._columns.count))
         for row, column, sign in (
-            (self._top, self._left, 1),
-            (self._top, self._right, -1),
-            (self._bottom, self._left, -1),
-            (self._bottom, self._right, 1),
+            (self._rows.first, self._columns.first, 1),
+            (self._rows.first, self._columns.last, -1),
+            (self._rows.last, self._columns.first, -1),
+            (self._rows.last, self._columns.last, 1),
         ):
-            inside = np.minimum(row, self._shape[0]), np.minimum(column, self._shape[1])
-            np.add.at(corners, inside, sign * values)
-        total: NDArray[np.float64] = corners.cumsum(0).cumsum(1)[: self._shape[0], : self._shape[1]]
+            np.add.at(corners, (row, column), sign * values)
+        total: NDArray[np.float64] = corners.cumsum(0).cumsum(1)
         return np.rint(total * 2**20) / 2**20  # what is left of rounding where nothing lies
+
+    def _spread(self, cells: NDArray[Any]) -> NDArray[Any]:
+        return cells[self._rows.of_pixel[:, np.newaxis], self._columns.of_pixel]
+
+
+class _Edges:
+    """One axis of a map, cut where tiles begin or end: between two cuts all its pixels are alike.
+
+    Tiles of a grid have few cuts, far fewer than there are pixels, and no map has more.
+
+    Args:
+        start: (N,) of the tiles, in pixels.
+        end: (N,), likewise.
+        pixels: Of the axis.
+    """
+
+    def __init__(self, start: NDArray[np.floating], end: NDArray[np.floating], pixels: int) -> None:
+        first = np.rint(start).astype(np.int64)
+        last = np.maximum(np.rint(end).astype(np.int64), first + 1)
+        first, last = np.minimum(first, pixels), np.minimum(last, pixels)
+        cuts = np.unique(np.concatenate([[0], first, last]))
+        self.count = len(cuts)
+        self.first, self.last = np.searchsorted(cuts, first), np.searchsorted(cuts, last)
+        self.of_pixel = np.searchsorted(cuts, np.arange(pixels), side="right") - 1
 
 
 def class_layer(
@@ -73,11 +96,14 @@ def class_layer(
         covered: (h, w), where there are tiles.
         colours: Per class.
     """
-    stacked = np.stack(means)
-    best = stacked.argmax(axis=0)
+    best, most = np.zeros(covered.shape, np.intp), means[0].copy()
+    # Class by class: all of them side by side would be large, and slow to go through.
+    for number, mean in enumerate(means[1:], 1):
+        best[mean > most] = number
+        np.maximum(most, mean, out=most)
     layer = np.zeros((*covered.shape, 4), np.uint8)
     layer[..., :3] = np.asarray(colours, np.uint8)[best]
-    layer[..., 3] = np.where(covered, np.rint(stacked.max(axis=0) * _OPAQUE), 0)
+    layer[..., 3] = np.where(covered, np.rint(most * _OPAQUE), 0)
     return Image.fromarray(layer)
 
 

@@ -164,9 +164,9 @@ def _drawn(shown: Shown, classes: Sequence[str]) -> dict[str, Any] | None:
     tops = [shown.summary["classes"][name]["tiles"] for name in classes]
     frequent = sorted(range(len(classes)), key=lambda n: (-tops[n], n))[:_LAYERS]
     layers = {"classes": _png(pictures.layer.resize(size, Image.Resampling.NEAREST))}
+    covered = _nearest(pictures.covered, size)
     for number in sorted(frequent):
-        layer = heat_layer(pictures.means[number], pictures.covered)
-        layers[classes[number]] = _png(layer.resize(size, Image.Resampling.NEAREST))
+        layers[classes[number]] = _png(heat_layer(_nearest(pictures.means[number], size), covered))
     return {
         "picture": _jpeg(picture.resize(size, Image.Resampling.LANCZOS)),
         "width": size[0],
@@ -174,6 +174,11 @@ def _drawn(shown: Shown, classes: Sequence[str]) -> dict[str, Any] | None:
         "layers": layers,
         "bad": _bad_layer(shown, size),
     }
+
+
+def _nearest(values: NDArray[Any], size: tuple[int, int]) -> NDArray[Any]:
+    """Return a map at another size: fewer pixels to colour, and the same ones as afterwards."""
+    return np.asarray(Image.fromarray(values).resize(size, Image.Resampling.NEAREST))
 
 
 def _bad_layer(shown: Shown, size: tuple[int, int]) -> str | None:
