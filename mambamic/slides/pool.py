@@ -72,8 +72,9 @@ class ReaderPool:
         self._batch = batch
         self._input_size = input_size
         self._slot_bytes = batch * input_size * input_size * 3
-        # All readers busy, the model too, and one batch ready for it.
-        slots = -(-readers * self._piece // batch) + in_model + 1
+        # All readers busy, the model too, one batch ready for it, and one that holds its memory
+        # while its last piece is awaited: pieces take unlike times, and come back out of order.
+        slots = -(-readers * self._piece // batch) + in_model + 2
         self._size = slots * self._slot_bytes
         self._memory = os.memfd_create("mambamic-tiles")
         os.ftruncate(self._memory, self._size)
