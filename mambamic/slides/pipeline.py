@@ -23,7 +23,7 @@ from mambamic.slides.pool import Batch, ReaderPool
 from mambamic.slides.read import DIED, OK, UNREADABLE, Failure, Place, Source
 from mambamic.slides.scorers import Scored, Scorer
 
-_POLL_S = 0.2
+_POLL_S = 0.05  # until a thread sees that it is to end: each end of a run waits for that
 _RESULTS = 8  # parts that wait for the caller
 WAIT_S = 1.0  # for parts that another process has
 REFUSED, NOT_FINITE = "refused", "not_finite"
@@ -242,14 +242,14 @@ class _Line:
             failure = self._failure or self._pool.failure
             if failure is not None:
                 raise failure
+            with self._lock:
+                if self._fed and not self._under_way:
+                    return None
             with contextlib.suppress(queue.Empty):
                 result = self._results.get(timeout=_POLL_S)
                 with self._lock:
                     self._under_way -= 1
                 return result
-            with self._lock:
-                if self._fed and not self._under_way:
-                    return None
 
     @contextlib.contextmanager
     def _reporting(self) -> Iterator[None]:
