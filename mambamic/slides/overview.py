@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,7 @@ from mambamic.errors import SlideError
 from mambamic.preprocess import Pixels
 from mambamic.slides.source import Slide, SlideInfo, open_slide
 
+Box = tuple[int, int, int, int]  # left, top, right, bottom
 SIDE = 2048  # of the longer side, at most
 _BLOCK = 2048  # of what is read at a time: bounds the memory, also where there is no pyramid
 _SMALLEST = 128  # pixels of the picture: a block that fails is quartered down to this
@@ -64,21 +67,33 @@ def read_overview(path: Path, slide: Slide | None = None, side: int = SIDE) -> O
         level = _level(info, 1 / scale)
         pixels = np.full((size[1], size[0], 3), _UNKNOWN, np.uint8)
         known = np.zeros((size[1], size[0]), bool)
-        waiting = _blocks((0, 0, *size), max(1, int(_BLOCK * scale * info.downsamples[level])))
-        while waiting:
-            box = waiting.pop()
+
+        def draw(slide: Slide, box: Box) -> bool:
             left, top, right, bottom = box
             try:
                 pixels[top:bottom, left:right] = _read_block(slide, level, scale, box)
             except SlideError:
+                return False
+            known[top:bottom, left:right] = True
+            return True
+
+        blocks = _blocks((0, 0, *size), max(1, int(_BLOCK * scale * info.downsamples[level])))
+        with ThreadPoolExecutor(slide.threads) as threads:
+            drawn = list(threads.map(partial(draw, slide), blocks))
+        # One that fails takes along those that are read beside and after it: each is tried again.
+        waiting = [box for box, done in zip(blocks, drawn, strict=True) if not done]
+        fresh = False
+        while waiting:
+            if not fresh:
                 # The old one is closed once, here or, where the file is gone, at the end.
                 broken, slide = slide, open_slide(path)
                 broken.close()
-                # What can be read around the damage is read.
-                if max(right - left, bottom - top) > _SMALLEST:
-                    waiting += _blocks(box, max(right - left, bottom - top, 2) // 2)
-                continue
-            known[top:bottom, left:right] = True
+            box = waiting.pop()
+            fresh = draw(slide, box)
+            longer = max(box[2] - box[0], box[3] - box[1])
+            # What can be read around the damage is read.
+            if not fresh and longer > _SMALLEST:
+                waiting += _blocks(box, longer // 2)
     finally:
         slide.close()
     if not known.any():
@@ -95,7 +110,7 @@ def _level(info: SlideInfo, factor: float) -> int:
     return max(fine, key=lambda n: info.downsamples[n])
 
 
-def _blocks(box: tuple[int, int, int, int], step: int) -> list[tuple[int, int, int, int]]:
+def _blocks(box: Box, step: int) -> list[Box]:
     return [
         (left, top, min(left + step, box[2]), min(top + step, box[3]))
         for top in range(box[1], box[3], step)
@@ -103,7 +118,7 @@ def _blocks(box: tuple[int, int, int, int], step: int) -> list[tuple[int, int, i
     ]
 
 
-def _read_block(slide: Slide, level: int, scale: float, box: tuple[int, int, int, int]) -> Pixels:
+def _read_block(slide: Slide, level: int, scale: float, box: Box) -> Pixels:
     left, top, right, bottom = box
     downsample = slide.info.downsamples[level]
     corner = int(left / scale), int(top / scale)

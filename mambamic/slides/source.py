@@ -54,9 +54,15 @@ class SlideInfo:
 
 
 class Slide(Protocol):
-    """An open slide. Reading is not safe in threads."""
+    """An open slide.
+
+    Args:
+        info: Its header.
+        threads: In which it may be read at a time.
+    """
 
     info: SlideInfo
+    threads: int
 
     def read(self, x: int, y: int, level: int, size: tuple[int, int]) -> Image.Image:
         """Read a region of a level as RGB; what was not scanned is white.
@@ -184,6 +190,8 @@ def _on_white(image: Image.Image) -> Image.Image:
 
 
 class _OpenSlide:
+    threads = 4  # more would take memory: blocks of an overview are large
+
     def __init__(self, path: Path) -> None:
         import openslide
 
@@ -204,6 +212,8 @@ class _OpenSlide:
 
 
 class _TiffSlide:
+    threads = 1
+
     def __init__(self, path: Path) -> None:
         import tifffile
         import tiffslide
@@ -229,6 +239,8 @@ class _TiffSlide:
 
 class _Pillow:
     """A plain image, decoded whole as the server decodes it."""
+
+    threads = 1
 
     def __init__(self, path: Path) -> None:
         self._image = decode(path.read_bytes())
