@@ -121,6 +121,24 @@ def test_an_overview_of_a_pyramid_shows_the_whole(tmp_path: Path) -> None:
     assert np.abs(dark.mean(axis=0) - (1000 / 16, 6000 / 16)).max() < 2
 
 
+def test_blocks_of_an_overview_begin_at_pixels_of_their_level(
+    data_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between them OpenSlide interpolates: the picture is blurred, and three times as slow."""
+    path = data_dir / "slides" / "pbc_mosaic.tiff"
+    slide = open_slide(path)
+    read, corners = slide.read, []
+
+    def noting(x: int, y: int, level: int, size: tuple[int, int]) -> Image.Image:
+        corners.append((x / slide.info.downsamples[level], y / slide.info.downsamples[level]))
+        return read(x, y, level, size)
+
+    monkeypatch.setattr(slide, "read", noting)
+    read_overview(path, slide)
+    assert len(corners) == 4
+    assert all(place.is_integer() for corner in corners for place in corner)
+
+
 def test_a_slide_that_vanishes_during_its_overview_says_so(data_dir: Path, tmp_path: Path) -> None:
     path = tmp_path / "s.svs"
     path.write_bytes((data_dir / "slides" / "CMU-1-Small-Region.corrupt.svs").read_bytes())

@@ -121,8 +121,9 @@ def _blocks(box: Box, step: int) -> list[Box]:
 def _read_block(slide: Slide, level: int, scale: float, box: Box) -> Pixels:
     left, top, right, bottom = box
     downsample = slide.info.downsamples[level]
-    corner = int(left / scale), int(top / scale)
-    # Regions begin at whole pixels; the picture's need not.
+    # Regions begin at whole pixels; the picture's need not. A region that begins between pixels of
+    # its level is interpolated by OpenSlide, which blurs, and takes longer than to decode it.
+    corner = _on_level(left / scale, downsample), _on_level(top / scale, downsample)
     start = (left / scale - corner[0]) / downsample, (top / scale - corner[1]) / downsample
     end = (
         start[0] + (right - left) / scale / downsample,
@@ -131,3 +132,8 @@ def _read_block(slide: Slide, level: int, scale: float, box: Box) -> Pixels:
     image = slide.read(*corner, level, (math.ceil(end[0]), math.ceil(end[1])))
     small = image.resize((right - left, bottom - top), box=(*start, *end), reducing_gap=2.0)
     return np.asarray(small)
+
+
+def _on_level(place: float, downsample: float) -> int:
+    """Return the level-0 pixel, not beyond a place, at which a pixel of a level begins."""
+    return int(int(place / downsample) * downsample)
