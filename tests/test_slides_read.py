@@ -130,6 +130,15 @@ def test_a_killed_reader_is_replaced_and_its_tiles_are_read_again(
     assert not set(_children()) & set(victims)
 
 
+def _kill_the_hung_twice() -> None:
+    for _ in range(2):
+        time.sleep(1)
+        for child in _children():
+            state = Path(f"/proc/{child}/wchan").read_text()
+            if "wait_for_partner" in state or "fifo" in state:
+                os.kill(child, signal.SIGKILL)
+
+
 def test_a_tile_that_kills_its_reader_twice_is_reported_alone(
     pool: ReaderPool, slide: Path, tmp_path: Path
 ) -> None:
@@ -140,16 +149,26 @@ def test_a_tile_that_kills_its_reader_twice_is_reported_alone(
     hung = Source(trap, False, 0, 224, LOOK)
     batch = Batch(hung, [Place(0, 0, 0)])
     assert pool.submit(batch, 10)
-    for _ in range(2):
-        time.sleep(1)
-        for child in _children():
-            state = Path(f"/proc/{child}/wchan").read_text()
-            if "wait_for_partner" in state or "fifo" in state:
-                os.kill(child, signal.SIGKILL)
+    _kill_the_hung_twice()
     done = pool.ready.get(timeout=30)
     assert [(failure.at, failure.status) for failure in done.report.failures] == [(0, DIED)]
     pool.release(done)
     assert not _read_all(pool, source, places[:16])[1].report.failures
+
+
+def test_what_waits_behind_a_tile_that_kills_its_reader_is_not_to_blame(
+    slide: Path, tmp_path: Path
+) -> None:
+    source, places = _work(slide)
+    trap = tmp_path / "trap.tiff"
+    os.mkfifo(trap)
+    with ReaderPool(1, 2, SIZE) as pool:
+        assert pool.submit(Batch(Source(trap, False, 0, 224, LOOK), [Place(0, 0, 0)], "trap"), 10)
+        assert pool.submit(Batch(source, [Place(0, *places[0][1:3])], "slide"), 10)
+        _kill_the_hung_twice()
+        done = [pool.ready.get(timeout=30) for _ in range(2)]
+    failed = {batch.note: [one.status for one in batch.report.failures] for batch in done}
+    assert failed == {"trap": [DIED], "slide": []}
 
 
 def test_memory_is_bounded_and_submitting_waits_for_it(slide: Path) -> None:

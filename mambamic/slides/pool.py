@@ -2,9 +2,10 @@
 
 A batch is a stretch of that memory. Its tiles are given out in pieces to whichever reader is idle,
 so that large batches, which a GPU wants, do not need large memory per reader, and readers stay busy
-across the ends of batches and slides. A reader that dies, which a damaged file can bring about in
-native code, is replaced; the tiles that it had are read again one by one, and the one that kills a
-reader again is reported as such.
+across the ends of batches and slides. Each has its next piece at hand, and does not wait for the
+model's process, which is busy too. A reader that dies, which a damaged file can bring about in
+native code, is replaced; the tiles that it was reading are read again one by one, and the one that
+kills a reader again is reported as such.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ from typing import Any
 from mambamic.errors import ServerError
 from mambamic.preprocess import Pixels
 from mambamic.slides.read import DIED, Failure, Place, Report, Source, as_pixels
+
+_ASKED = 2  # pieces of a reader: the one that it reads, and the next
 
 
 @dataclass
@@ -72,9 +75,9 @@ class ReaderPool:
         self._batch = batch
         self._input_size = input_size
         self._slot_bytes = batch * input_size * input_size * 3
-        # All readers busy, the model too, one batch ready for it, and one that holds its memory
+        # All that readers have, the model's, one batch ready for it, and one that holds its memory
         # while its last piece is awaited: pieces take unlike times, and come back out of order.
-        slots = -(-readers * self._piece // batch) + in_model + 2
+        slots = -(-readers * _ASKED * self._piece // batch) + in_model + 2
         self._size = slots * self._slot_bytes
         self._memory = os.memfd_create("mambamic-tiles")
         os.ftruncate(self._memory, self._size)
@@ -168,34 +171,41 @@ class ReaderPool:
             self.failure = error
 
     def _give_out(self) -> None:
-        idle = deque(self._readers)
-        busy: dict[Connection, tuple[_Reader, _Piece]] = {}
         while not self._closed:
-            while idle and self._waiting:
-                with self._lock:
-                    piece = self._waiting.popleft()
-                reader = idle.popleft()
-                reader.ask(piece, piece.batch.slot * self._slot_bytes)
-                busy[reader.connection] = (reader, piece)
+            self._ask()
+            busy = {reader.connection: reader for reader in self._readers if reader.asked}
             for connection in wait([*busy, self._wake_us]):
                 assert isinstance(connection, Connection)
                 if connection is self._wake_us:
                     self._wake_us.recv_bytes()
                     continue
-                reader, piece = busy.pop(connection)
+                reader = busy[connection]
                 try:
-                    self._done(piece, connection.recv())
+                    report = connection.recv()
                 except (EOFError, OSError):
-                    reader = self._replace(reader)
-                    self._after_death(piece)
-                idle.append(reader)
+                    self._replace(reader)
+                else:
+                    self._done(reader.asked.popleft(), report)
 
-    def _replace(self, dead: _Reader) -> _Reader:
+    def _ask(self) -> None:
+        """Give pieces to readers that have none, then to those that have no next one."""
+        for asked in range(_ASKED):
+            for reader in self._readers:
+                if self._waiting and len(reader.asked) == asked:
+                    with self._lock:
+                        piece = self._waiting.popleft()
+                    reader.ask(piece, piece.batch.slot * self._slot_bytes)
+
+    def _replace(self, dead: _Reader) -> None:
         dead.stop()
         fresh = _Reader(self._memory, self._size)
         self._readers[self._readers.index(dead)] = fresh
         fresh.wait_until_ready()
-        return fresh
+        # It answers in the order in which it was asked: the others are not to blame.
+        piece, *others = dead.asked
+        with self._lock:
+            self._waiting.extendleft(reversed(others))
+        self._after_death(piece)
 
     def _after_death(self, piece: _Piece) -> None:
         if piece.retried:
@@ -219,9 +229,10 @@ class ReaderPool:
 
 
 class _Reader:
-    """One child process and the connection to it."""
+    """One child process, the connection to it, and the pieces that it was asked for."""
 
     def __init__(self, memory: int, size: int) -> None:
+        self.asked: deque[_Piece] = deque()
         self.connection, theirs = Pipe()
         # The child imports what this process imports, from wherever that came.
         path = os.pathsep.join(entry for entry in sys.path if entry)
@@ -235,6 +246,7 @@ class _Reader:
         theirs.close()
 
     def ask(self, piece: _Piece, offset: int) -> None:
+        self.asked.append(piece)
         # Where the reader has died the answer is an end of file, which is dealt with there.
         with contextlib.suppress(OSError):
             message = (piece.batch.source, piece.places, offset, len(piece.batch.places))
