@@ -96,10 +96,10 @@ def class_layer(
         covered: (h, w), where there are tiles.
         colours: Per class.
     """
-    best, most = np.zeros(covered.shape, np.intp), means[0].copy()
+    best, most = np.zeros(covered.shape, np.int16), means[0].copy()
     # Class by class: all of them side by side would be large, and slow to go through.
     for number, mean in enumerate(means[1:], 1):
-        best[mean > most] = number
+        np.copyto(best, number, where=mean > most)
         np.maximum(most, mean, out=most)
     layer = np.zeros((*covered.shape, 4), np.uint8)
     layer[..., :3] = np.asarray(colours, np.uint8)[best]
