@@ -16,6 +16,7 @@ import traceback
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,9 +52,10 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from mambamic.classifier import Classifier
+    from mambamic.prediction import Prediction
     from mambamic.preprocess import Pixels
 
-    Row = tuple[NDArray[np.float32], NDArray[np.float32]]  # probabilities, embedding
+    Row = tuple[Prediction, NDArray[np.float32]]  # without its embedding, and that
 
 logger = logging.getLogger(__name__)
 
@@ -241,8 +243,9 @@ class ImageClassifier:
     ) -> dict[str, Any] | MambamicError:
         if isinstance(outcome, MambamicError):
             return outcome
-        rows = (values[np.newaxis] for values in outcome)
-        (prediction,) = self._classifier.predictions(*rows, embed=embed)
+        prediction, embedding = outcome
+        if embed:
+            prediction = replace(prediction, embedding=tuple(embedding.tolist()))
         if counts:
             self._metrics.predicted(prediction)
         return {**prediction.as_json(), "model": self._name, "version": self._version}
@@ -299,12 +302,16 @@ class ImageClassifier:
     def _attempt(self, pixels: Pixels) -> list[Row | MambamicError] | None:
         began = time.monotonic()
         try:
-            rows = zip(*self._classifier.outputs(pixels), strict=True)
+            probabilities, embeddings = self._classifier.outputs(pixels)
         except Exception:
             logger.exception("the model failed on a batch of %d", len(pixels))
             return None
         self._metrics.modelled(len(pixels), time.monotonic() - began)
-        return [row if np.isfinite(row[0]).all() else _not_finite() for row in rows]
+        # Of all at once: one by one a detector takes as long as a small model.
+        predictions = self._classifier.predictions(probabilities, embeddings)
+        finite: list[bool] = np.isfinite(probabilities).all(axis=1).tolist()
+        rows = zip(predictions, embeddings, finite, strict=True)
+        return [(one, seen) if good else _not_finite() for one, seen, good in rows]
 
 
 def _options(config: dict[str, Any] | None) -> dict[str, Any]:

@@ -334,6 +334,8 @@ def environment(folder: ServerFolder, logs: Path, scratch: Path, threads: int) -
     """
     ours = {key: value for key, value in os.environ.items() if not key.startswith("TS_")}
     ours.setdefault("OMP_NUM_THREADS", str(threads))
+    # What is NumPy's in a worker is small: threads for it would only be in each other's way.
+    ours.setdefault("OPENBLAS_NUM_THREADS", "1")
     # Workers run the mambamic that starts them, also from a checkout that is not installed.
     root = str(Path(__file__).resolve().parents[2])
     ours["PYTHONPATH"] = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))

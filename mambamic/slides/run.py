@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
@@ -13,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime, timezone
-from importlib.metadata import distributions
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -383,6 +384,8 @@ def _now() -> str:
 def versions() -> dict[str, str]:
     """Return the versions of everything that has a say in the scores."""
     names = ("numpy", "openslide-bin", "openslide-python", "pillow", "tiffslide", "torch")
-    found = {d.metadata["Name"].lower(): d.version for d in distributions()}
-    used = {name: found[name] for name in names if name in found}
+    used = {}
+    for name in names:
+        with contextlib.suppress(PackageNotFoundError):
+            used[name] = version(name)
     return {"mambamic": __version__, "python": platform.python_version(), **used}
