@@ -309,9 +309,8 @@ class ImageClassifier:
         self._metrics.modelled(len(pixels), time.monotonic() - began)
         # Of all at once: one by one a detector takes as long as a small model.
         predictions = self._classifier.predictions(probabilities, embeddings)
-        finite: list[bool] = np.isfinite(probabilities).all(axis=1).tolist()
-        rows = zip(predictions, embeddings, finite, strict=True)
-        return [(one, seen) if good else _not_finite() for one, seen, good in rows]
+        rows = zip(predictions, embeddings, np.isfinite(probabilities), strict=True)
+        return [(one, seen) if finite.all() else _not_finite() for one, seen, finite in rows]
 
 
 def _options(config: dict[str, Any] | None) -> dict[str, Any]:
