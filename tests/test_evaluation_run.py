@@ -71,7 +71,12 @@ def cells(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def demo(root: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(root / "model_store/mambamic_t_pbc", tmp_path / "demo"))
+    """The demo checkpoint as training left it: without a temperature."""
+    copy = Path(shutil.copytree(root / "model_store/mambamic_t_pbc", tmp_path / "demo"))
+    config = copy / "config.json"
+    stated = json.loads(config.read_text(encoding="utf-8")) | {"temperature": None}
+    config.write_text(json.dumps(stated), encoding="utf-8")
+    return copy
 
 
 def write_images(folder: Path, split: str, classes: tuple[str, ...], each: int = 2) -> Path:
