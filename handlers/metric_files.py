@@ -288,15 +288,17 @@ def _folder_of_server() -> Path:
     """Return the folder of all workers that the same TorchServe started."""
     import psutil
 
-    server = psutil.Process(os.getppid())
+    from mambamic.launcher.processes import started
+
+    server = os.getppid()
     prefix = f"mambamic-metrics-{os.getuid()}-"
     root = Path(tempfile.gettempdir())
     for other in root.glob(f"{prefix}*"):
         pid = other.name.removeprefix(prefix).partition("-")[0]
         if pid.isdecimal() and not psutil.pid_exists(int(pid)):
             _remove(other)
-    # A process id may come again, with another time.
-    folder = root / f"{prefix}{server.pid}-{server.create_time():.0f}"
+    # A process id may come again, begun at another time.
+    folder = root / f"{prefix}{server}-{started(server)}"
     folder.mkdir(mode=0o700, exist_ok=True)
     if folder.is_symlink() or folder.stat().st_uid != os.getuid():
         raise PermissionError(errno.EPERM, "a folder of another user's", str(folder))

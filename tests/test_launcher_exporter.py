@@ -13,6 +13,7 @@ import urllib3
 
 from mambamic.launcher import exporter
 from mambamic.launcher.folders import EXPORTER_LOG, MAIN_CLASS, Record, ServerFolder
+from mambamic.launcher.processes import started
 
 from .e2e.servers import free_port, wait_for
 
@@ -56,16 +57,16 @@ def test_it_is_ended_by_its_record_and_nobody_else_is(
     port = free_port()
     process = exporter.start(folder, port, java, tmp_path)
     assert wait_for(lambda: answers(port), 30)
-    created = process.create_time()
+    begun = started(process.pid)
 
-    def end(pid: int, since: float) -> None:
+    def end(pid: int, since: int) -> None:
         record = Record(java.pid, 0, "127.0.0.1", 1, "", "", [])
-        exporter.end(replace(record, exporter=pid, exporter_created=since))
+        exporter.end(replace(record, exporter=pid, exporter_begun=since))
 
-    end(java.pid, java.create_time())
-    end(process.pid, created + 60)
+    end(java.pid, started(java.pid))
+    end(process.pid, begun + 1)
     assert (java.poll(), process.poll()) == (None, None)
-    end(process.pid, created)
+    end(process.pid, begun)
     assert process.poll() is not None
     assert not answers(port)
 

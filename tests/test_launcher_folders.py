@@ -9,9 +9,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from mambamic.launcher.folders import Record, ServerFolder, state_root
+from mambamic.launcher.folders import Record, ServerFolder, find_process, state_root
+from mambamic.launcher.processes import started
 
-RECORD = Record(1, 2.5, "127.0.0.1", 8080, "/tmp/x", "logs", ["mambamic/1.0"])
+RECORD = Record(1, 25, "127.0.0.1", 8080, "/tmp/x", "logs", ["mambamic/1.0"])
 
 
 def test_the_state_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -55,7 +56,20 @@ def test_only_one_start_at_a_time_has_the_folder(tmp_path: Path) -> None:
 
 
 def test_another_process_with_the_pid_is_not_the_server() -> None:
-    own = psutil.Process()
-    # Neither by its time of creation nor by what it runs is this process a server.
-    assert replace(RECORD, pid=os.getpid(), created=own.create_time()).process() is None
-    assert replace(RECORD, pid=os.getpid(), created=time.time() - 1e6).process() is None
+    own = started(os.getpid())
+    # Neither by when it began nor by what it runs is this process a server.
+    assert replace(RECORD, pid=os.getpid(), begun=own).process() is None
+    assert replace(RECORD, pid=os.getpid(), begun=own - 1).process() is None
+
+
+def test_a_process_is_known_whatever_the_clock_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clock that is set moves what psutil calls a process's time of creation."""
+    own = os.getpid()
+    begun, argument = started(own), psutil.Process().cmdline()[0]
+    monkeypatch.setattr(psutil.Process, "create_time", lambda _: time.time())
+    found = find_process(own, begun, argument)
+    assert found is not None
+    assert found.pid == own
+    assert find_process(own, begun + 1, argument) is None
+    with pytest.raises(psutil.NoSuchProcess):
+        started(2**22 - 1)

@@ -8,12 +8,12 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import psutil
 import pytest
 
 from mambamic.errors import ServerError
 from mambamic.launcher.folders import MAIN_CLASS, Record, ServerFolder
 from mambamic.launcher.health import check_live, check_ready
+from mambamic.launcher.processes import started
 
 CHECKS = pytest.mark.parametrize("check", [check_ready, check_live])
 Check = Callable[[int, float], list[str]]
@@ -40,8 +40,8 @@ def mute() -> Iterator[int]:
             assert process.stdout.readline() == b"there\n"
             folder = ServerFolder.of_port(port)
             folder.create()
-            created = psutil.Process(process.pid).create_time()
-            folder.write(Record(process.pid, created, "0.0.0.0", port, "scratch", "logs", ["m/1"]))
+            begun = started(process.pid)
+            folder.write(Record(process.pid, begun, "0.0.0.0", port, "scratch", "logs", ["m/1"]))
             yield port
             process.kill()
 
@@ -52,7 +52,7 @@ def test_no_server(check: Check, tmp_path: Path) -> None:
         check(8080, 1)
     folder = ServerFolder.of_port(8080)
     folder.create()
-    folder.write(Record(2**22 - 1, 0.0, "127.0.0.1", 8080, "scratch", "logs", ["m/1.0"]))
+    folder.write(Record(2**22 - 1, 0, "127.0.0.1", 8080, "scratch", "logs", ["m/1.0"]))
     with pytest.raises(ServerError, match="no server runs on port 8080"):
         check(8080, 1)
 

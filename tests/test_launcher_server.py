@@ -56,7 +56,7 @@ def test_only_logs_of_our_own_are_set_aside(tmp_path: Path) -> None:
 
 def test_a_second_start_does_not_harm_the_first(tmp_path: Path) -> None:
     folder = ServerFolder.of_port(8080)
-    record = Record(1, 0.0, "127.0.0.1", 8080, str(tmp_path / "scratch"), "logs", [])
+    record = Record(1, 0, "127.0.0.1", 8080, str(tmp_path / "scratch"), "logs", [])
     with folder.claim():
         folder.write(record)
         with (

@@ -24,7 +24,7 @@ def test_stopping_where_nothing_runs(tmp_path: Path) -> None:
     scratch = tmp_path / "scratch"
     scratch.mkdir()
     # A server that has died: what it left is tidied away.
-    folder.write(Record(2**22 - 1, 0.0, "127.0.0.1", 8080, str(scratch), "logs", []))
+    folder.write(Record(2**22 - 1, 0, "127.0.0.1", 8080, str(scratch), "logs", []))
     assert server.running(8080) is None
     assert not stopping.stop(8080)
     assert folder.read() is None
@@ -51,7 +51,7 @@ def test_workers_that_outlived_their_java_are_ended(tmp_path: Path) -> None:
         java.wait(10)
         folder = ServerFolder.of_port(8080)
         folder.create()
-        record = Record(java.pid, 0.0, "127.0.0.1", 8080, str(scratch), "logs", [])
+        record = Record(java.pid, 0, "127.0.0.1", 8080, str(scratch), "logs", [])
         folder.write(record)
         assert len(stopping._orphans(record)) == 1
         assert not stopping.stop(8080)
@@ -63,8 +63,8 @@ def test_workers_that_outlived_their_java_are_ended(tmp_path: Path) -> None:
 def test_a_server_started_since_is_not_forgotten(tmp_path: Path) -> None:
     folder = ServerFolder.of_port(8080)
     folder.create()
-    winner = Record(1, 0.0, "127.0.0.1", 8080, str(tmp_path / "winner"), "logs", [])
-    loser = Record(2, 0.0, "127.0.0.1", 8080, str(tmp_path / "loser"), "logs", [])
+    winner = Record(1, 0, "127.0.0.1", 8080, str(tmp_path / "winner"), "logs", [])
+    loser = Record(2, 0, "127.0.0.1", 8080, str(tmp_path / "loser"), "logs", [])
     folder.write(winner)
     stopping.tidy(folder, loser)
     assert folder.read() == winner

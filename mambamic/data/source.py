@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 import threading
 import zipfile
 import zlib
@@ -20,6 +19,7 @@ from PIL import Image
 
 from mambamic.errors import DataError, MambamicError
 from mambamic.images import FORMATS, decode
+from mambamic.machine import usable_cpus
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -152,7 +152,7 @@ class FileSource(Source):
 @contextmanager
 def threads() -> Iterator[ThreadPoolExecutor]:
     """Provide one thread per usable core, at most 8: the interpreter lock keeps more waiting."""
-    with ThreadPoolExecutor(min(8, len(os.sched_getaffinity(0))), "decode") as pool:
+    with ThreadPoolExecutor(min(8, usable_cpus()), "decode") as pool:
         yield pool
 
 

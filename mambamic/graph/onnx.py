@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from mambamic.checkpoint import CONFIG_FILE, WEIGHTS_FILE, Checkpoint
 from mambamic.config import Config
 from mambamic.errors import BackendError, CheckpointError, UsageError
+from mambamic.machine import usable_cpus
 from mambamic.preprocess import Pixels
 
 if TYPE_CHECKING:
@@ -127,7 +128,7 @@ def open_onnx(path: str | os.PathLike[str]) -> OnnxModel:
 def _threads() -> int:
     """Return how many images to compute at once: ``OMP_NUM_THREADS``, or all cores."""
     chosen = os.environ.get("OMP_NUM_THREADS", "")
-    return int(chosen) if chosen.isdecimal() and int(chosen) else len(os.sched_getaffinity(0))
+    return int(chosen) if chosen.isdecimal() and int(chosen) else usable_cpus()
 
 
 def _check_not_stale(file: Path, config: Config) -> None:

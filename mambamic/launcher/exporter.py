@@ -39,7 +39,7 @@ def start(folder: ServerFolder, port: int, java: psutil.Process, logs: Path) -> 
     """
     root = str(Path(__file__).resolve().parents[2])
     path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
-    arguments = [str(folder.metrics), str(port), str(java.pid), str(java.create_time())]
+    arguments = [str(folder.metrics), str(port), str(java.pid), str(processes.started(java.pid))]
     with (logs / EXPORTER_LOG).open("ab") as log:
         return psutil.Popen(
             [sys.executable, "-m", _MODULE, *arguments],
@@ -54,7 +54,7 @@ def start(folder: ServerFolder, port: int, java: psutil.Process, logs: Path) -> 
 
 def end(record: Record) -> None:
     """End the exporter of a server, where it has not ended by itself."""
-    process = find_process(record.exporter, record.exporter_created, _MODULE)
+    process = find_process(record.exporter, record.exporter_begun, _MODULE)
     if process is not None:
         processes.end(process, patience=2)
 
@@ -63,15 +63,15 @@ def main(arguments: Sequence[str]) -> None:
     """Export until Java has ended.
 
     Args:
-        arguments: The folder of metrics, the port, and of Java its pid and when it was created.
+        arguments: The folder of metrics, the port, and of Java its pid and when it was started.
 
     Raises:
         OSError: The port is taken.
     """
-    path, port, pid, created = arguments
+    path, port, pid, begun = arguments
     folder = MetricFolder(Path(path))
     listen(folder, int(port))
-    while find_process(int(pid), float(created), MAIN_CLASS) is not None:
+    while find_process(int(pid), int(begun), MAIN_CLASS) is not None:
         # Also where nobody asks: workers may die meanwhile.
         folder.tend()
         time.sleep(SWEEP_S)

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import psutil
 
+from mambamic.launcher.processes import started
+
 MAIN_CLASS = "org.pytorch.serve.ModelServer"
 EXPORTER_LOG = "exporter.log"
 
@@ -24,17 +26,17 @@ def state_root() -> Path:
     return (Path(base) if base else Path.home() / ".local" / "state") / "mambamic"
 
 
-def find_process(pid: int, created: float, argument: str) -> psutil.Process | None:
+def find_process(pid: int, begun: int, argument: str) -> psutil.Process | None:
     """Return a process, or None where it has ended, whoever has its pid now.
 
     Args:
         pid: Of the process.
-        created: When it was created, seconds since 1970.
+        begun: When it was ``started``.
         argument: One of its command line.
     """
     try:
         process = psutil.Process(pid)
-        same = abs(process.create_time() - created) < 1
+        same = started(pid) == begun
         alive = same and process.status() != psutil.STATUS_ZOMBIE
         return process if alive and argument in process.cmdline() else None
     except psutil.Error:
@@ -47,29 +49,29 @@ class Record:
 
     Args:
         pid: Of Java, which leads a session of its own.
-        created: When that process was created, seconds since 1970: a recycled pid differs here.
+        begun: When that process was ``started``: a recycled pid differs here.
         host: Where predictions are answered.
         port: Where predictions are answered.
         scratch: The temporary folder of the server.
         logs: Where it logs.
         models: ``name/version`` of each model.
         exporter: The process that exports the workers' metrics.
-        exporter_created: When that was created.
+        exporter_begun: When that was ``started``.
     """
 
     pid: int
-    created: float
+    begun: int
     host: str
     port: int
     scratch: str
     logs: str
     models: list[str]
     exporter: int = 0
-    exporter_created: float = 0.0
+    exporter_begun: int = 0
 
     def process(self) -> psutil.Process | None:
         """Return Java's process, or None where it has ended, whoever has its pid now."""
-        return find_process(self.pid, self.created, MAIN_CLASS)
+        return find_process(self.pid, self.begun, MAIN_CLASS)
 
 
 @dataclass(frozen=True)

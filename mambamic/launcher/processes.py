@@ -7,9 +7,27 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from types import FrameType
 
 import psutil
+
+
+def started(pid: int) -> int:
+    """Return when a process began, in clock ticks since the machine did.
+
+    Not psutil's time of creation, which is of the calendar, and moves when the clock is set or a
+    virtual machine was held.
+
+    Raises:
+        psutil.NoSuchProcess: There is none.
+    """
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_bytes()
+    except (FileNotFoundError, ProcessLookupError) as error:
+        raise psutil.NoSuchProcess(pid) from error
+    # The second field is a name in brackets, with whatever in it; this one is the 22nd.
+    return int(stat.rpartition(b")")[2].split()[19])
 
 
 def of_session(java: psutil.Process) -> list[psutil.Process]:

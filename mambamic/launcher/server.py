@@ -53,7 +53,7 @@ class Server:
     settings: Settings
     folder: ServerFolder
     record: Record
-    java: psutil.Process
+    java: psutil.Popen
     models: list[Model]
     exporter: psutil.Popen
 
@@ -184,7 +184,7 @@ def _launch(
         )
     record = Record(
         pid=java_process.pid,
-        created=java_process.create_time(),
+        begun=processes.started(java_process.pid),
         host=settings.host,
         port=settings.port,
         scratch=str(scratch),
@@ -194,7 +194,8 @@ def _launch(
     exporting: psutil.Popen | None = None
     try:
         exporting = exporter.start(folder, settings.exporter_port, java_process, logs)
-        record = replace(record, exporter=exporting.pid, exporter_created=exporting.create_time())
+        begun = processes.started(exporting.pid)
+        record = replace(record, exporter=exporting.pid, exporter_begun=begun)
         folder.write(record)
     except BaseException:
         for process in filter(None, (java_process, exporting)):
@@ -210,10 +211,8 @@ def keep_exporter(server: Server) -> None:
         settings, folder = server.settings, server.folder
         logs = Path(server.record.logs)
         server.exporter = exporter.start(folder, settings.exporter_port, server.java, logs)
-        created = server.exporter.create_time()
-        server.record = replace(
-            server.record, exporter=server.exporter.pid, exporter_created=created
-        )
+        begun = processes.started(server.exporter.pid)
+        server.record = replace(server.record, exporter=server.exporter.pid, exporter_begun=begun)
         folder.write(server.record)
 
 
@@ -297,11 +296,11 @@ def _check_alive(server: Server, deadline: float) -> None:
             "a worker that loads the model",
             f"mend what the traceback says; the full logs are in {logs}",
         )
-    if server.record.process() is None:
+    if server.java.poll() is not None:
         console = logs / CONSOLE_LOG
         said = console.read_text(encoding="utf-8", errors="replace") if console.exists() else ""
         raise ServerError(
-            f"TorchServe's frontend ended:\n{said[-4000:]}\n",
+            f"TorchServe's frontend ended, with status {server.java.returncode}:\n{said[-4000:]}\n",
             "a Java process that stays",
             f"see the logs in {logs}",
         )

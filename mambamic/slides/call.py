@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from mambamic.errors import DataError, UsageError
+from mambamic.machine import usable_cpus
 from mambamic.slides.dry import plan_lines
 from mambamic.slides.finish import Finish
 from mambamic.slides.inputs import find_inputs
@@ -163,7 +163,7 @@ def _settings(call: Call, facts: ModelFacts, *, only_tiles: bool) -> Settings:
 
 def _workers(call: Call) -> int:
     # One core is the model's on a GPU; on a CPU readers and model share what there is.
-    return call.workers or max(1, len(os.sched_getaffinity(0)) - 1)
+    return call.workers or max(1, usable_cpus() - 1)
 
 
 def _make_folder(out: Path) -> None:

@@ -22,6 +22,7 @@ from torch import Tensor, distributed
 from tqdm import tqdm
 
 from mambamic.errors import MambamicError, TrainingError
+from mambamic.machine import usable_cpus
 from mambamic.training.share import Share
 
 _TIMEOUT = timedelta(minutes=10)  # the difference in time that processes may read images for
@@ -186,7 +187,7 @@ def _join(share: Share, kind: str, meeting: Path) -> None:
         device = torch.device(kind, share.rank)
         torch.cuda.set_device(device)
     else:
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // share.ranks))
+        torch.set_num_threads(max(1, usable_cpus() // share.ranks))
     distributed.init_process_group(
         _BACKENDS[kind],
         init_method=meeting.as_uri(),  # through a file: no port that another program may take
