@@ -7,8 +7,15 @@ from pathlib import Path
 CLASSES = tuple("abcdefgh")
 
 
-def write_random_checkpoint(folder: Path, *, input_size: int = 64) -> Path:
-    """Write a MambaMIC-T with seeded random weights and return its folder."""
+def write_random_checkpoint(
+    folder: Path,
+    *,
+    input_size: int = 64,
+    architecture: str = "mambamic_t",
+    classes: tuple[str, ...] = CLASSES,
+    head: str = "softmax",
+) -> Path:
+    """Write a model with seeded random weights and return its folder."""
     import torch
 
     from mambamic import create_model
@@ -17,8 +24,8 @@ def write_random_checkpoint(folder: Path, *, input_size: int = 64) -> Path:
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(5)
-        model = create_model("mambamic_t", len(CLASSES))
+        model = create_model(architecture, len(classes))
         # Far from uniform probabilities, so that a wrong order or scale shows.
         model.head.weight.data.mul_(40)
-    config = Config("mambamic_t", CLASSES, input_size=input_size)
+    config = Config(architecture, classes, head=head, input_size=input_size)
     return save_checkpoint(folder, config, model.state_dict(), "# Random weights\n").path

@@ -26,6 +26,7 @@ examples:
   mambamic train blood_cells --arch mambamic_t --out runs/short --epochs 10 --devices 2
   mambamic train blood_cells --arch mambamic_t --out runs/paper --recipe published
   mambamic train my_cells --arch mambamic_t --out runs/mine --init runs/blood/checkpoint
+  mambamic train my_cells --arch mambamic_t --out runs/small --teachers runs/*/checkpoint
   mambamic predict runs/blood/checkpoint cell.png
 
 exit status: 0 trained, 1 something failed, 2 the call is wrong, 130 or 143 stopped
@@ -62,6 +63,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--init", type=Path, metavar="CHECKPOINT", help="start from its weights (fine-tuning)"
+    )
+    parser.add_argument(
+        "--teachers",
+        type=Path,
+        nargs="+",
+        default=(),
+        metavar="CHECKPOINT",
+        help="learn from what these make of the images, beside the labels (distillation)",
     )
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default auto)")
     parser.add_argument(
@@ -123,6 +132,7 @@ def run(args: argparse.Namespace) -> int:
         licence=args.licence,
         training_data=args.about,
         init=args.init,
+        teachers=tuple(args.teachers),
         classes=tuple(args.classes) if args.classes else None,
     )
     finished = (args.out / RESULT).exists()

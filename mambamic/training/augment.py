@@ -91,6 +91,11 @@ class Augmentation(nn.Module):
         )
         return torch.lerp(neighbours(images), images, shares[:, None, None, None]), shares
 
+    def pixels(self, images: Tensor) -> Tensor:
+        """Return (B, 3, S, S) normalised images as (B, S, S, 3) uint8, rounded."""
+        values = (images - self.shift[:, None, None]) / self.scale[:, None, None] * 255
+        return values.round().clamp(0, 255).byte().permute(0, 2, 3, 1).contiguous()
+
     def _normalise(self, images: Tensor) -> Tensor:
         return images * self.scale[:, None, None] + self.shift[:, None, None]
 

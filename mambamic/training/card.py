@@ -18,6 +18,7 @@ def model_card(config: Config, recipe: Recipe) -> str:
     stated |= stated.pop("augmentation")
     settings = "\n".join(f"| {name} | {value} |" for name, value in stated.items())
     init = metrics.get("init", "random weights")
+    taught = ", ".join(["the labels", *metrics.get("teachers", [])])
     classes = ", ".join(config.classes)
     said = "\n".join(_said(config))
     resize = {"stretch": "the whole image", "shorter_side": "the central square"}[config.resize]
@@ -36,6 +37,7 @@ For research use only: not a medical device, not for diagnosis.
 torch {metrics["torch"]}, weights kept from epoch {metrics["best_epoch"]}.
 {_ended(metrics)}
 Started from: {init}
+Learned from: {taught}
 
 | setting | value |
 | --- | --- |

@@ -40,6 +40,19 @@ def criterion(
     return (losses if shares is None else losses * shares).mean()
 
 
+def distillation(logits: Tensor, chances: Tensor, *, several: bool) -> Tensor:
+    """Return the mean cross-entropy of (B, C) logits to the probabilities of teachers.
+
+    Args:
+        logits: (B, C).
+        chances: (B, C).
+        several: Whether an image may have several labels.
+    """
+    if several:
+        return F.binary_cross_entropy_with_logits(logits, chances)
+    return F.cross_entropy(logits, chances)
+
+
 def accuracy(logits: Tensor, labels: Tensor) -> Tensor:
     """Return the share of right labels; shapes as in ``criterion``."""
     right = logits.argmax(-1) == labels if labels.ndim == 1 else (logits > 0) == (labels > 0)

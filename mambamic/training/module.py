@@ -15,9 +15,10 @@ from torchmetrics import MeanMetric
 
 from mambamic.errors import TrainingError
 from mambamic.training.augment import Augmentation, neighbours, shrink
-from mambamic.training.loss import accuracy, criterion
+from mambamic.training.loss import accuracy, criterion, distillation
 from mambamic.training.ranks import average_over_ranks
 from mambamic.training.recipe import Recipe, epoch_seed
+from mambamic.training.teachers import Teachers
 
 GRAPHS = "MAMBAMIC_CUDA_GRAPHS"  # 0 in the environment: launch each kernel by itself
 _CHECKED = 50  # steps between two looks at whether all numbers were finite
@@ -103,6 +104,7 @@ class TrainingModule(pl.LightningModule):
         augmentation: Makes its inputs; knows the share of each batch that is this process's.
         recipe: The settings.
         weights: (C,), of classes in the loss.
+        teachers: Whom it learns from beside the labels.
     """
 
     weights: Tensor | None
@@ -114,9 +116,11 @@ class TrainingModule(pl.LightningModule):
         augmentation: Augmentation,
         recipe: Recipe,
         weights: Tensor | None = None,
+        teachers: Teachers | None = None,
     ) -> None:
         super().__init__()
         self.model, self.augmentation, self.recipe = model, augmentation, recipe
+        self.teachers = teachers
         self.share = augmentation.share
         self.average = MovingAverage(model, recipe.ema_decay)
         # Over all processes, whose shares may differ in size by an image. What is not a number is
@@ -136,15 +140,25 @@ class TrainingModule(pl.LightningModule):
             images = self.augmentation(shrink(pixels, side) if side < pixels.shape[1] else pixels)
             mixed = self.augmentation.strengths.mixup > 0
             images, shares = self.augmentation.blend(images) if mixed else (images, None)
+            taught = self._taught(images)
         if images.is_cuda and self.replayed and images.shape != self._captured:
             capture(self.model, images)
             self._captured = images.shape
         logits = self.model(images).float()
         given = (self.recipe.label_smoothing, self.weights)
-        if shares is None:
-            return criterion(logits, labels, *given)
-        others = criterion(logits, neighbours(labels), *given, 1 - shares)
-        return criterion(logits, labels, *given, shares) + others
+        loss = criterion(logits, labels, *given, shares)
+        if shares is not None:
+            loss = loss + criterion(logits, neighbours(labels), *given, 1 - shares)
+        if taught is None:
+            return loss
+        followed = distillation(logits, taught, several=labels.ndim == 2)
+        return torch.lerp(loss, followed, self.recipe.distillation)
+
+    def _taught(self, images: Tensor) -> Tensor | None:
+        """Return the probabilities of the teachers, if any."""
+        if self.teachers is None or self.recipe.distillation == 0:
+            return None
+        return self.teachers(self.augmentation.pixels(images))
 
     def training_step(self, batch: tuple[Tensor, Tensor], _index: int) -> Tensor:
         """Return the loss of one batch."""

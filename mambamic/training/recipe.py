@@ -165,6 +165,10 @@ class Recipe:
         default="none",
         metadata=_choice("of rare classes in the loss", "none", "balanced", "effective"),
     )
+    distillation: float = field(
+        default=0.7,
+        metadata=_within("share of the loss that is of --teachers, where there are any"),
+    )
     patience: int = field(
         default=0,
         metadata=_least(

@@ -58,6 +58,9 @@ def write_result(
     if run.init is not None:
         before = run.initial().config
         metrics["init"] = f"{before.weights_sha256}, {head_of(before, classes, head)}"
+    if run.teachers:
+        taught = [teacher.config for teacher in run.taught_by()]
+        metrics["teachers"] = [f"{each.architecture} {each.weights_sha256}" for each in taught]
     if ended:
         metrics["ended_early"] = ended
     config = run.config(classes, metrics, head)

@@ -34,6 +34,7 @@ from mambamic.training.ranks import run_ranks
 from mambamic.training.recipe import Recipe
 from mambamic.training.result import RUN_FILE, name_of, open_state, with_best, write_result
 from mambamic.training.share import Share
+from mambamic.training.teachers import Teachers
 
 RESULT = "checkpoint"
 # What torch says, in a plain RuntimeError, of memory that it does not get on a CPU, or on a GPU
@@ -63,6 +64,7 @@ class Run:
         licence: Of the weights.
         training_data: What the images are, for the model card.
         init: A checkpoint to start from, of the same architecture.
+        teachers: Checkpoints to learn from beside the labels, of the same classes.
         classes: Names in the order that the labels shall have; None for that of ``load_split``.
     """
 
@@ -75,6 +77,7 @@ class Run:
     licence: str | None = None
     training_data: str | None = None
     init: Path | None = None
+    teachers: tuple[Path, ...] = ()
     classes: tuple[str, ...] | None = None
 
     def identity(self) -> dict[str, object]:
@@ -84,6 +87,7 @@ class Run:
             **self.recipe.as_dict(),
             **asdict(self.preprocess),
             "init": self.initial().config.weights_sha256 if self.init else None,
+            "teachers": [teacher.config.weights_sha256 for teacher in self.taught_by()],
             "mambamic": __version__,
         }
 
@@ -91,6 +95,10 @@ class Run:
         """Open the checkpoint to start from."""
         assert self.init is not None
         return load_checkpoint(self.init)
+
+    def taught_by(self) -> tuple[Checkpoint, ...]:
+        """Open the checkpoints to learn from."""
+        return tuple(map(load_checkpoint, self.teachers))
 
     def config(
         self, classes: tuple[str, ...], metrics: dict[str, Any], head: str = "softmax"
@@ -170,20 +178,24 @@ def train(run: Run, *, device: str = "auto", devices: int = 1, progress: bool = 
 def _train_share(run: Run, kind: str, progress: bool, share: Share) -> None:
     """Train on one device, alone or as one of several, of which the first reports."""
     first = share.rank == 0
-    target = torch.device(kind, share.rank) if share.ranks > 1 and kind == "cuda" else kind
+    target = torch.device(kind, share.rank) if kind == "cuda" else torch.device(kind)
     with _memory(run, kind):
         splits = _load(run, first and progress)
         if len(splits[1]) < share.ranks:
             raise UsageError(
                 f"devices {share.ranks}", f"at most the {len(splits[1])} images of val", "use fewer"
             )
+        teachers = _teachers(run, splits[0], target)
         if first:
             _begin(run, *splits)
-        module = _make(run, splits[0], share)
+        module = _make(run, splits[0], share, teachers)
         if run.init is not None and first and progress:
             started = head_of(run.initial().config, splits[0].classes, _head(splits[0]))
             tqdm.write(f"starting from {run.init}, {started}", file=sys.stderr)
-        train_split, val_split = (split.to(torch.device(target)) for split in splits)
+        train_split, val_split = (split.to(target) for split in splits)
+        if teachers is not None and first and progress:
+            right = teachers.accuracy(val_split.pixels, val_split.labels)
+            tqdm.write(f"teachers: validation accuracy {right:.4f} together", file=sys.stderr)
         fit(run.out, module, Progress(share.ranks), train_split, val_split, progress)
 
 
@@ -214,7 +226,13 @@ def _head(split: Split) -> str:
     return "sigmoid" if split.multi_label else "softmax"
 
 
-def _make(run: Run, train: Split, share: Share) -> TrainingModule:
+def _teachers(run: Run, train: Split, target: torch.device) -> Teachers | None:
+    if not run.teachers:
+        return None
+    return Teachers(run.taught_by(), train.classes, _head(train), str(target))
+
+
+def _make(run: Run, train: Split, share: Share, teachers: Teachers | None) -> TrainingModule:
     """Return the model to train, equal in all processes."""
     torch.manual_seed(run.recipe.seed)
     model: nn.Module = create_model(run.architecture, len(train.classes))
@@ -223,7 +241,7 @@ def _make(run: Run, train: Split, share: Share) -> TrainingModule:
     strengths = run.recipe.augmentation
     augmentation = Augmentation(run.preprocess.mean, run.preprocess.std, strengths, share)
     weights = class_weights(train.labels, len(train.classes), run.recipe.class_weighting)
-    return TrainingModule(model, augmentation, run.recipe, weights)
+    return TrainingModule(model, augmentation, run.recipe, weights, teachers)
 
 
 def _is_of_memory(error: Exception) -> bool:
