@@ -239,7 +239,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("images", type=Path, help="a zip of images")
-    parser.add_argument("--workers", type=int, nargs="+", default=[2])
+    parser.add_argument("--workers", type=int, nargs="+", default=[2], help="beside 1")
     parser.add_argument("--connections", type=int, nargs="+", default=[1, 32, 64])
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--only", nargs="+", default=list(_MEASURED), choices=_MEASURED)
@@ -265,7 +265,7 @@ def main() -> None:
             rows.append({"server": server, "workers": workers, "tiles": tiles_each, **row})
             print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
 
-    for workers in args.workers:
+    for workers in sorted({1, *args.workers}):
         if "null" in args.only:
             with bare(args.port, workers, args.batch_size) as url:
                 measure("null", url, workers, single, 1)
@@ -282,9 +282,13 @@ def main() -> None:
     decode = decoding(args.checkpoint, images, args.seconds)
     classify = classifying(args.checkpoint, images, args.device, args.seconds)
 
-    def best(server: str, each: int) -> float:
-        kind = [row for row in rows if (row["server"], row["tiles"]) == (server, each)]
-        return float(max(row["requests_per_second"] for row in kind) * each)
+    def best(server: str, each: int, workers: int | None = None) -> float:
+        rates = [
+            row["requests_per_second"] * each
+            for row in rows
+            if (row["server"], row["tiles"]) == (server, each) and workers in (None, row["workers"])
+        ]
+        return float(max(rates))
 
     write(
         {
@@ -295,6 +299,8 @@ def main() -> None:
             "rows": rows,
             "decode_images_per_second": round(decode),
             "classify_images_per_second": round(classify),
+            # TorchServe's own default is one worker for each GPU; more need more of the processor.
+            "single_to_null_of_one_worker": round(best("mambamic", 1) / best("null", 1, 1), 3),
             "single_to_null": round(best("mambamic", 1) / best("null", 1), 3),
             "zip_to_parts": round(best("mambamic", _TILES) / min(decode, classify), 3),
         },
