@@ -46,6 +46,7 @@ def evaluated(run: Path, data: Path, split: str) -> tuple[Row, NDArray[np.bool_]
     row = {
         "run": run.name,
         "architecture": config.architecture,
+        "teachers": len(config.metrics.get("teachers", ())),
         **{name: config.metrics[name] for name in _TRAINED if name in config.metrics},
         "val_accuracy": config.metrics["val_accuracy"],
         "weights_sha256": config.weights_sha256,
@@ -83,6 +84,7 @@ def mean_of_seeds(rows: list[Row], right: list[NDArray[np.bool_]]) -> Row:
     low, high = np.quantile(share[drawn].mean(1), (0.025, 0.975))
     return {
         "architecture": rows[0]["architecture"],
+        "teachers": rows[0]["teachers"],
         "seeds": [row["seed"] for row in rows],
         "accuracy": {"value": share.mean(), "low": low, "high": high},
         **{
@@ -105,9 +107,9 @@ def main() -> None:
         for run in sorted(args.runs.iterdir())
         if (run / RESULT).is_dir()
     }
-    groups: dict[str, list[str]] = {}
+    groups: dict[tuple[str, int], list[str]] = {}
     for name, (row, _) in results.items():
-        groups.setdefault(row["architecture"], []).append(name)
+        groups.setdefault((row["architecture"], row["teachers"]), []).append(name)
     means = [
         mean_of_seeds([results[name][0] for name in names], [results[name][1] for name in names])
         for names in groups.values()

@@ -73,20 +73,25 @@ def results() -> str:
     for run in campaign["runs"]:
         overall, before = run["overall"], run["calibration_error_before"]["value"]
         lines.append(
-            f"| {TITLES[run['architecture']]} | {run['seed']} "
+            f"| {_network(run)} | {run['seed']} "
             f"| {run['epochs']} ({run['best_epoch']}) | {run['minutes']:.1f} "
             f"| {100 * run['val_accuracy']:.2f} % | {_percent(overall['accuracy'])} "
             f"| {overall['auc']['value']:.5f} | {_percent(overall['f1'])} "
             f"| {_percent(overall['calibration_error'])} ({100 * before:.1f} %) |"
         )
     lines += [
-        f"| **{TITLES[mean['architecture']]}, mean of {len(mean['seeds'])}** | | | | "
+        f"| **{_network(mean)}, mean of {len(mean['seeds'])}** | | | | "
         f"| **{_percent(mean['accuracy'])}** | {mean['auc']['value']:.5f} "
         f"| {100 * mean['f1']['value']:.2f} % "
         f"| {100 * mean['calibration_error']['value']:.2f} % |"
         for mean in campaign["means"]
     ]
     return "\n".join(lines)
+
+
+def _network(run: dict[str, Any]) -> str:
+    title, teachers = TITLES[run["architecture"]], run["teachers"]
+    return f"{title}, taught by {teachers}" if teachers else title
 
 
 def _percent(measured: dict[str, float]) -> str:

@@ -75,11 +75,15 @@ def test_the_result_is_as_good_as_it_says(data: Path, finished: Path) -> None:
 
 def test_the_weights_are_those_of_the_best_epoch(finished: Path) -> None:
     with next(finished.glob("log/*/metrics.csv")).open() as file:
-        rows = [row for row in csv.DictReader(file) if row["val_accuracy"]]
+        every = list(csv.DictReader(file))
+    rows = [row for row in every if row["val_accuracy"]]
     scores = [float(row["val_accuracy"]) for row in rows]
     metrics = load_checkpoint(finished / "checkpoint").config.metrics
     assert metrics["val_accuracy"] == pytest.approx(max(scores), abs=1e-5)
     assert metrics["best_epoch"] == scores.index(max(scores)) + 1
+    rates = [float(row["images_per_second"]) for row in every if row["images_per_second"]]
+    assert len(rates) == 6
+    assert 0 < min(rates) <= metrics["images_per_second"] <= max(rates) + 1
     assert epochs_done(finished) == 6
 
 

@@ -41,10 +41,12 @@ def measure(
         timing: Of steps.
     """
     # Brings Lightning and kornia, which nothing else here needs.
+    from mambamic.training.fit import quiet
     from mambamic.training.step import make_step
 
     step = make_step(architecture, batch, device, dtype, backend, size=INPUT_SIZE)
-    took = statistics.median(device_ms(step, timing, device))
+    with quiet():
+        took = statistics.median(device_ms(step, timing, device))
     return {
         "batch": batch,
         "ms_per_step": round(took, 3),

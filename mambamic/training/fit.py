@@ -33,7 +33,7 @@ from mambamic.training.ranks import Together
 
 STATE, BEST = "last", "best"  # Lightning adds .ckpt
 LOG, CURVES = "log", "tensorboard"
-MONITOR = "val_accuracy"
+MONITOR, RATE = "val_accuracy", "images_per_second"
 _VALIDATION_BATCH = 256
 
 
@@ -93,11 +93,11 @@ class Progress(Callback):
         self.seconds = 0.0
         self.images = self.epochs = 0
         self._ranks = ranks
-        self._since = 0.0
+        self._since, self._before = 0.0, 0
 
     def on_train_epoch_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Begin to count."""
-        self._since = time.perf_counter()
+        self._since, self._before = time.perf_counter(), self.images
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, module: pl.LightningModule, *args: object
@@ -108,11 +108,15 @@ class Progress(Callback):
         self.images += len(batch[0]) * self._ranks
 
     def on_validation_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Stop counting, when the device has done all."""
+        """Stop counting, when the device has done all, and log the epoch's rate."""
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        self.seconds += time.perf_counter() - self._since
+        took = time.perf_counter() - self._since
+        self.seconds += took
         self.epochs += 1
+        rate = {RATE: (self.images - self._before) / took, "epoch": trainer.current_epoch}
+        for logger in trainer.loggers:
+            logger.log_metrics(rate, trainer.global_step)
 
     def state_dict(self) -> dict[str, float]:
         """Return what a resumed run goes on from."""

@@ -45,7 +45,8 @@ class Teachers:
 
     def __call__(self, pixels: Tensor) -> Tensor:
         """Return the mean of their probabilities, (B, C), of (B, S, S, 3) uint8 pixels."""
-        with torch.inference_mode():
+        # Their networks have a precision of their own, which a learner's must not reach into.
+        with torch.inference_mode(), torch.autocast(pixels.device.type, enabled=False):
             found = [
                 self._chances(network(pixels)[0])[:, order]
                 for network, order in zip(self._networks, self._orders, strict=True)
