@@ -42,23 +42,32 @@ class MovingAverage(AveragedModel):
         super().__init__(model, use_buffers=True)
         self._decay = decay
         self._steps: int | None = None
+        # To go through all modules takes milliseconds of every step: once, when they are where
+        # they are trained.
+        self._moving: tuple[list[Tensor], list[Tensor]] | None = None
+        self._counters: tuple[list[Tensor], list[Tensor]] = [], []
 
     def update_parameters(self, model: nn.Module) -> None:
         """Follow the weights: take them over the first time, and then go a part of the way."""
         if self._steps is None:  # known to the device alone where a run is resumed
             self._steps = int(self.n_averaged)
         weight = 1 - min(self._decay, self._steps / (_RISE + self._steps))
-        averages = [*self.module.parameters(), *self.module.buffers()]
-        current = [*model.parameters(), *model.buffers()]
-        pairs = list(zip(averages, current, strict=True))
-        moving = [pair for pair in pairs if pair[0].is_floating_point()]
-        counters = [pair for pair in pairs if not pair[0].is_floating_point()]
+        if self._moving is None:
+            self._moving, self._counters = self._pairs(model)
         with torch.no_grad():
-            torch._foreach_lerp_([a for a, _ in moving], [c for _, c in moving], weight)
-            if counters:
-                torch._foreach_copy_([a for a, _ in counters], [c for _, c in counters])
+            torch._foreach_lerp_(*self._moving, weight)
+            if self._counters[0]:
+                torch._foreach_copy_(*self._counters)
             self.n_averaged += 1
         self._steps += 1
+
+    def _pairs(self, model: nn.Module) -> tuple[tuple[list[Tensor], list[Tensor]], ...]:
+        """Return averages and what they follow: real numbers, and counters."""
+        averages = [*self.module.parameters(), *self.module.buffers()]
+        pairs = list(zip(averages, [*model.parameters(), *model.buffers()], strict=True))
+        real = [pair for pair in pairs if pair[0].is_floating_point()]
+        counters = [pair for pair in pairs if not pair[0].is_floating_point()]
+        return tuple(([a for a, _ in some], [c for _, c in some]) for some in (real, counters))
 
 
 def capture(model: nn.Module, images: Tensor) -> None:
@@ -123,6 +132,7 @@ class TrainingModule(pl.LightningModule):
         self.teachers = teachers
         self.share = augmentation.share
         self.average = MovingAverage(model, recipe.ema_decay)
+        self._trained = list(model.parameters())
         # Over all processes, whose shares may differ in size by an image. What is not a number is
         # no matter for a warning: it ends the run.
         self.val_loss, self.val_accuracy = (MeanMetric(nan_strategy="ignore") for _ in range(2))
@@ -170,7 +180,7 @@ class TrainingModule(pl.LightningModule):
     def on_after_backward(self) -> None:
         """Give all processes of a run the same gradients and the same running statistics."""
         if self.share.ranks > 1:
-            gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+            gradients = [p.grad for p in self._trained if p.grad is not None]
             statistics = [buffer for buffer in self.model.buffers() if buffer.is_floating_point()]
             average_over_ranks([*gradients, *statistics])
 
@@ -181,7 +191,7 @@ class TrainingModule(pl.LightningModule):
     def clip(self) -> Tensor:
         """Clip the gradients and return the norm that they had."""
         limit = self.recipe.clip_norm or math.inf
-        return nn.utils.clip_grad_norm_(self.model.parameters(), limit)
+        return nn.utils.clip_grad_norm_(self._trained, limit)
 
     def on_train_batch_end(self, _outputs: Any, _batch: Any, index: int) -> None:
         """Follow the weights with their average, and now and then look whether all went well."""
