@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import threading
 import time
 from collections import deque
 from collections.abc import Generator, Iterable, Sequence
@@ -128,6 +129,7 @@ class Client:
             ca_certs=None if ca is None else os.fspath(ca),
         )
         self._threads = ThreadPoolExecutor(connections, "mambamic-client")
+        self._closed = threading.Event()
 
     def __enter__(self) -> Client:
         """Return the client itself."""
@@ -143,7 +145,11 @@ class Client:
         self.close()
 
     def close(self) -> None:
-        """Close the connections; calling it twice does no harm."""
+        """Close the connections; calling it twice does no harm.
+
+        What waits to be sent again, in another thread, is given up at once.
+        """
+        self._closed.set()
         self._threads.shutdown(cancel_futures=True)
         self._http.clear()
 
@@ -231,11 +237,10 @@ class Client:
                 if stated is None
                 else stated * random.uniform(1, 1.25)
             )
-            if time.monotonic() + pause > last_start:
+            if time.monotonic() + pause > last_start or self._closed.wait(pause):
                 if failure is not None:
                     raise failure
                 return reply
-            time.sleep(pause)
             wait = min(2 * wait, _LONGEST_WAIT_S)
 
     def _post(self, body: bytes, content_type: str) -> urllib3.BaseHTTPResponse:

@@ -151,6 +151,10 @@ def run_parts(
     try:
         while (result := line.next_result()) is not None:
             yield result
+    except BaseException:
+        line.stop.set()
+        scorer.close()  # a thread may be waiting for a server that is gone
+        raise
     finally:
         line.stop.set()
         for thread in threads:

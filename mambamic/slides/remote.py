@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -101,6 +102,7 @@ class ServerScorer:
         self._server = server
         self._embeddings = embeddings
         self._patience = patience
+        self._closed = threading.Event()
         self._check(checkpoint)
         self._client = self._connected(patience)
 
@@ -177,9 +179,9 @@ class ServerScorer:
             if not waiting:
                 return [outcomes[n] for n in range(len(tiles))]
             trouble = next((said for said in answers if isinstance(said, _PASSING)), None)
-            if trouble is not None and time.monotonic() + pause > last_start:
-                raise trouble
-            time.sleep(pause)
+            late = time.monotonic() + pause > last_start
+            if (trouble is not None and late) or self._closed.wait(pause):
+                raise trouble or UsageError("the scorer is closed", "an open one", "make another")
             pause = min(2 * pause, _LONGEST_PAUSE_S)
 
     def _ask(self, tiles: Sequence[bytes]) -> list[Prediction | MambamicError]:
@@ -193,7 +195,8 @@ class ServerScorer:
         return {"server": self._server.url, "model": self._server.model}
 
     def close(self) -> None:
-        """Close the connections."""
+        """Close the connections; who still waits for an answer gives up."""
+        self._closed.set()
         self._client.close()
 
 

@@ -55,7 +55,7 @@ class Scorer(Protocol):
         """Return what is in use, as JSON."""
 
     def close(self) -> None:
-        """Let go of it."""
+        """Let go of it, also while another thread scores; calling it twice does no harm."""
 
 
 def checkpoint_facts(folder: Path) -> ModelFacts:
