@@ -14,7 +14,7 @@ import pytest
 from benchmarks.slide_levels import compare
 
 from .slide_files import blobs, write_slide
-from .test_slides_score import ROOT, only, summary
+from .slide_runs import ROOT, only, summary
 
 MODEL_ALONE = """
 import sys, time

@@ -17,7 +17,7 @@ from mambamic.export.onnx_export import write_onnx
 from mambamic.export.onnx_verify import random_pixels
 
 from .slide_files import blobs, write_slide
-from .test_slides_score import only, table
+from .slide_runs import only, table
 
 
 @pytest.fixture(scope="module")
