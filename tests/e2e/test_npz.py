@@ -72,8 +72,8 @@ def trained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "tissue"
     run(
         *("mambamic", "train", str(data), "--arch", "mambamic_t", "--out", str(out)),
-        *("--device", "cpu", "--input-size", "32", "--epochs", "8", "--warmup-epochs", "1"),
-        *("--batch-size", "8", "--ema-decay", "0.8", "--quiet"),
+        *("--device", "cpu", "--input-size", "32", "--epochs", "6", "--warmup-epochs", "1"),
+        *("--batch-size", "8", "--ema-decay", "0.7", "--quiet"),
     )
     return out / "checkpoint"
 
