@@ -107,11 +107,12 @@ def test_a_second_run_finds_nothing_to_do(
 
 
 def test_another_model_or_layout_is_not_mistaken_for_done(
-    slide: Path, random_checkpoint: Path, tmp_path: Path
+    random_checkpoint: Path, tmp_path: Path
 ) -> None:
+    slide = write_slide(tmp_path / "small.tiff", (768, 768), 1, blobs([(384, 384, 300)]))
     other = write_random_checkpoint(tmp_path / "other", input_size=65)
     out = tmp_path / "out"
-    for model, tile in ((random_checkpoint, 512), (other, 512), (random_checkpoint, 600)):
+    for model, tile in ((random_checkpoint, 256), (other, 256), (random_checkpoint, 300)):
         done = score(slide, "--model", model, "--out", out, "--tile-px", "--tile", tile)
         assert done.returncode == 0, done.stderr
     assert len([path for path in out.iterdir() if path.is_dir()]) == 3
@@ -163,8 +164,12 @@ def test_two_processes_share_a_folder(
     reference: Path, slide: Path, random_checkpoint: Path, tmp_path: Path
 ) -> None:
     call = command(slide, "--out", tmp_path, "--model", random_checkpoint, *LAYOUT)
-    both = [subprocess.Popen(call, cwd=ROOT, stdout=subprocess.DEVNULL) for _ in range(2)]
-    assert [process.wait(timeout=300) for process in both] == [0, 0]
+    with subprocess.Popen(call, cwd=ROOT, stdout=subprocess.DEVNULL) as other:
+        while not list(tmp_path.glob("*/plan.parquet")):
+            assert other.poll() is None
+            time.sleep(0.05)
+        done = score(*call[4:])
+        assert (other.wait(timeout=300), done.returncode) == (0, 0), done.stderr
     assert table(only(tmp_path)).equals(table(reference))
 
 
