@@ -48,10 +48,10 @@ serve: $(VENV)/.serve ## start a server and print a first prediction (MODEL=, PO
 stop: $(VENV)/.serve ## stop the server (PORT=)
 	@$(BIN)/mambamic serve --stop --port $(PORT)
 
-# The files in the order of tests/conftest.py. Threads that wait do so without taking a core from the
-# other processes.
+# The files in the order of tests/conftest.py. The processes fill the cores: threads of their own would
+# only wait for one another, and those that wait do so without taking a core.
 test: $(VENV)/.dev ## run the tests (ARGS= for pytest, JOBS=)
-	@OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -m 'not soak' -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
+	@OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -m 'not soak' -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 check: $(VENV)/.dev ## format, lint, types, and known holes where they can be looked up
 	$(BIN)/ruff format --check .

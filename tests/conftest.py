@@ -8,8 +8,10 @@ import subprocess
 import sys
 from collections.abc import Generator, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from xdist.scheduler import LoadFileScheduling
 
 from .random_checkpoint import write_random_checkpoint
 from .turns import turn
@@ -50,15 +52,54 @@ def root() -> Path:
 
 
 LEFT_OUT = pytest.StashKey[int]()
-# Files of more than a minute, which begin after those with servers: were they the last, one process
-# would end long after the others.
-LONGEST = ("test_slides_score.py", "test_training_stops.py", "test_training_ranks.py")
+# Files that share a server, or a wheel, run in one process, where it is made once.
+SHARED = {
+    f"tests/{name}.py": what
+    for what, names in {
+        "the demo's server": (
+            *("e2e/test_server", "e2e/test_accuracy", "e2e/test_page", "e2e/test_slides"),
+            *("e2e/test_security", "e2e/test_hostile_requests"),
+        ),
+        "a quick server": ("e2e/test_faults", "e2e/test_client", "e2e/test_explanations"),
+        "a wheel": ("test_packaging", "test_without_torch"),
+    }.items()
+    for name in names
+}
+# Files that begin first, in this order. Two measure with the machine alone, which costs least while
+# other tests are short; then the longest, or one process would end long after the others, those
+# that wait for servers beside those that compute, so that no core idles.
+FIRST = [
+    f"tests/{name}.py"
+    for name in (
+        *("e2e/test_server", "e2e/test_edge_servers", "e2e/test_metrics", "test_training_stops"),
+        *("e2e/test_load", "test_slides_score", "e2e/test_faults", "e2e/test_slides_ray"),
+        *("e2e/test_lifecycle", "e2e/test_health", "test_training_ranks", "e2e/test_npz"),
+        *("e2e/test_stopping", "test_dockerfile", "e2e/test_openapi", "test_packaging"),
+        *("e2e/test_edge_limits", "test_explain_methods", "e2e/test_edge", "test_training_run"),
+        *("e2e/test_plain_torchserve", "test_evaluation_run", "e2e/test_readme", "test_graph_cpu"),
+        *("e2e/test_onnx", "test_export_onnx_export", "test_slides_big", "test_models"),
+    )
+]
 
 
 def pytest_configure() -> None:
     """Take Ctrl-C where a shell started this in the background: what is ignored is inherited."""
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+class ByServer(LoadFileScheduling):  # type: ignore[misc]
+    """Processes take a file at a time, or all files that share a server."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = str(super()._split_scope(nodeid))
+        return SHARED.get(file, file)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ByServer:
+    """Have the files distributed."""
+    return ByServer(config, log)
 
 
 @pytest.hookimpl(wrapper=True)
@@ -72,7 +113,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Skip what needs a GPU where there is none, and, outside CI, what needs absent data."""
     import torch
 
-    items.sort(key=lambda item: (item.path.parent.name != "e2e", item.path.name not in LONGEST))
+    order = {file: number for number, file in enumerate(FIRST)}
+    items.sort(key=lambda item: order.get(item.nodeid.partition("::")[0], len(order)))
 
     if not torch.cuda.is_available():
         skip = pytest.mark.skip(reason="needs an NVIDIA GPU")

@@ -244,7 +244,7 @@ def check_memory(classifier: Classifier, predictions: int) -> None:
 
 
 def test_memory_does_not_grow(on_each_device: Classifier) -> None:
-    check_memory(on_each_device, 400)
+    check_memory(on_each_device, 150)
 
 
 @pytest.mark.soak

@@ -218,10 +218,13 @@ def test_a_folder_that_cannot_be_made(
     assert "; expected " in capsys.readouterr().err
 
 
-def test_a_disk_that_is_full(root: Path) -> None:
+def test_a_disk_that_is_full(root: Path, cell: str, tmp_path: Path) -> None:
+    folder = tmp_path / "train" / "blood"
+    folder.mkdir(parents=True)
+    shutil.copy(cell, folder)
     with Path("/dev/full").open("w") as full:
         done = subprocess.run(
-            [sys.executable, "-u", "-m", "mambamic", "info", "mambamic_t"],
+            [sys.executable, "-u", "-m", "mambamic", "data", "check", str(tmp_path)],
             stdout=full,
             stderr=subprocess.PIPE,
             text=True,
@@ -230,7 +233,7 @@ def test_a_disk_that_is_full(root: Path) -> None:
         )
     assert done.returncode == 1
     assert done.stderr.startswith(
-        "mambamic info: a file cannot be read or written (No space left on device); expected "
+        "mambamic data: a file cannot be read or written (No space left on device); expected "
     )
     assert len(done.stderr.splitlines()) == 1
 

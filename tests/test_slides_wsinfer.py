@@ -16,7 +16,7 @@ from mambamic.slides.source import open_slide
 from mambamic.slides.wsinfer import WsinferScorer, is_wsinfer, wsinfer_facts
 
 from .slide_files import blobs, write_slide
-from .test_slides_score import only, score, table
+from .slide_runs import only, score, table
 
 MEAN, STD = [0.7, 0.6, 0.7], [0.2, 0.25, 0.2]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
@@ -13,27 +12,20 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 
 from mambamic.errors import DataError, TrainingError
 from mambamic.training.augment import Augmentation
 from mambamic.training.data import Split
 from mambamic.training.fit import Progress, fit
 from mambamic.training.module import TrainingModule
-from mambamic.training.ranks import average_over_ranks, run_ranks
+from mambamic.training.ranks import run_ranks
 from mambamic.training.recipe import Recipe
 from mambamic.training.share import Share
 
+from .rank_work import average, fail
+
 RECIPE = Recipe(epochs=3, warmup_epochs=1, batch_size=4, learning_rate=0.1, ema_decay=0.5)
-
-
-def average(folder: Path, share: Share) -> None:
-    torch.manual_seed(share.rank)
-    assert distributed.get_rank() == share.rank
-    tensors = [torch.rand(3, 2), torch.rand(4)]
-    torch.save(tensors, folder / f"before_{share.rank}.pt")
-    average_over_ranks(tensors)
-    torch.save(tensors, folder / f"after_{share.rank}.pt")
 
 
 def saved(path: Path) -> list[Tensor]:
@@ -90,17 +82,6 @@ def read_scores(out: Path) -> list[float]:
     return [float(best["best_model_score"]), float(state["callbacks"]["Progress"]["images"])]
 
 
-def fail(how: str, folder: Path, share: Share) -> None:
-    (folder / f"{os.getpid()}").touch()
-    if share.rank == 0:
-        distributed.barrier()  # for ever: the other never comes
-    if how == "told":
-        raise DataError("no images", "some", "add them")
-    if how == "killed":
-        os.kill(os.getpid(), signal.SIGKILL)
-    raise ValueError("surprise")
-
-
 @pytest.mark.parametrize(
     ("how", "error", "message"),
     [
@@ -117,21 +98,12 @@ def test_where_one_fails_none_waits(
     assert not [p for p in tmp_path.iterdir() if psutil.pid_exists(int(p.name))]
 
 
-def idle(folder: Path, share: Share) -> None:
-    (folder / f"{os.getpid()}").touch()
-    time.sleep(300)
-
-
-def start_idle(folder: Path) -> None:
-    run_ranks(partial(idle, folder), 2, "cpu")
-
-
 @pytest.mark.parametrize(
     ("how", "status"), [(signal.SIGTERM, 143), (signal.SIGKILL, -signal.SIGKILL)]
 )
 def test_nothing_is_left_behind(how: signal.Signals, status: int, tmp_path: Path) -> None:
     code = (
-        "from pathlib import Path; from tests.test_training_ranks import start_idle\n"
+        "from pathlib import Path; from tests.rank_work import start_idle\n"
         f"if __name__ == '__main__': start_idle(Path({str(tmp_path)!r}))"
     )
     root = Path(__file__).resolve().parent.parent

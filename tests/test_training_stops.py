@@ -159,15 +159,23 @@ def test_a_learning_rate_that_is_too_large(data: Path, tmp_path: Path) -> None:
 
 
 def test_a_late_failure_keeps_the_last_good_state(
-    data: Path, finished: Path, tmp_path: Path
+    data: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = shutil.copytree(finished, tmp_path / "copy")
     shutil.rmtree(out / "checkpoint")
-    # As if it had been stopped after four of six epochs, and diverged when it went on.
+    # As if it had been stopped after two of six epochs, and diverged when it went on.
     run = run_in(data, out)
-    process = start(data, tmp_path / "stopped")
-    stop_after_an_epoch(process, tmp_path / "stopped", signal.SIGKILL)
-    process.communicate()
+    whole_loss = TrainingModule.loss
+
+    def loss(module: TrainingModule, *batch: torch.Tensor) -> torch.Tensor:
+        if module.current_epoch == 2:
+            raise SystemExit
+        return whole_loss(module, *batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainingModule, "loss", loss)
+        with pytest.raises(SystemExit):
+            train(run_in(data, tmp_path / "stopped"), device="cpu", progress=False)
     saved = state(tmp_path / "stopped")
     shutil.copy(tmp_path / "stopped/best.ckpt", out / "best.ckpt")
     whole = {**saved, "state_dict": dict(saved["state_dict"])}

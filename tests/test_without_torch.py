@@ -17,24 +17,17 @@ from mambamic.export.onnx_export import write_onnx
 from mambamic.export.onnx_verify import random_pixels
 
 from .slide_files import blobs, write_slide
-from .test_slides_score import only, table
+from .slide_runs import only, score, table
 
 
 @pytest.fixture(scope="module")
 def scripts(root: Path, wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The programs of a fresh environment with the wheel and its extra ``ort``."""
     folder = tmp_path_factory.mktemp("environment")
-    subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
-    install = [
-        "-m",
-        "pip",
-        "install",
-        "--quiet",
-        "--no-compile",
-        "-c",
-        str(root / "constraints.txt"),
-    ]
-    subprocess.run([str(folder / "bin/python"), *install, f"{wheel}[ort]"], check=True)
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
+    install = [sys.executable, "-m", "pip", "--python", str(folder / "bin/python"), "install"]
+    install += ["--quiet", "--no-compile", "-c", str(root / "constraints.txt"), f"{wheel}[ort]"]
+    subprocess.run(install, check=True)
     return folder / "bin"
 
 
@@ -92,13 +85,11 @@ assert "torch" not in sys.modules and classifier.describe()["backend"] == "onnxr
 def test_score(scripts: Path, random_checkpoint: Path, file: Path, tmp_path: Path) -> None:
     slide = write_slide(tmp_path / "disc.tiff", (512, 384), 1, blobs([(200, 200, 150)]))
     options = ["--tile-px", "--tile", "64", "--tissue", "none", "--workers", "1"]
-    for place, program, model in (
-        ("onnx", scripts / "mambamic", file),
-        ("torch", Path(sys.executable).with_name("mambamic"), random_checkpoint),
-    ):
-        call = ["score", str(slide), "--model", str(model), "--out", place, *options]
-        done = run(program, *call, cwd=tmp_path)
-        assert done.returncode == 0, done.stderr
+    call = ["score", str(slide), "--model", str(file), "--out", "onnx", *options]
+    done = run(scripts / "mambamic", *call, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    done = score(slide, "--model", random_checkpoint, "--out", tmp_path / "torch", *options)
+    assert done.returncode == 0, done.stderr
     found, expected = (table(only(tmp_path / place)) for place in ("onnx", "torch"))
     assert found.num_rows == 8 * 6
     assert found.column_names == expected.column_names

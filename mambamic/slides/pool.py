@@ -89,7 +89,9 @@ class ReaderPool:
         self._lock = threading.Lock()
         self._wake_us, self._wake = Pipe(duplex=False)
         self._closed = False
-        self.ready: queue.SimpleQueue[Batch] = queue.SimpleQueue()
+        # Not a SimpleQueue: where several wait for one with a timeout, CPython 3.11's may wait for
+        # ever, once another has taken what it was woken for at the moment when its time was up.
+        self.ready: queue.Queue[Batch] = queue.Queue()
         self.failure: BaseException | None = None
         self._readers = [_Reader(self._memory, self._size) for _ in range(readers)]
         for reader in self._readers:

@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from mambamic.training.data import Batches, Split
 from mambamic.training.module import TrainingModule
-from mambamic.training.ranks import Together
+from mambamic.training.together import Together
 
 STATE, BEST = "last", "best"  # Lightning adds .ckpt
 LOG, CURVES = "log", "tensorboard"

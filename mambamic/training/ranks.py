@@ -16,8 +16,6 @@ from tempfile import TemporaryDirectory
 from types import FrameType
 
 import torch
-from lightning_fabric.plugins.environments.lightning import LightningEnvironment
-from pytorch_lightning.strategies import DDPStrategy
 from torch import Tensor, distributed
 from tqdm import tqdm
 
@@ -43,47 +41,6 @@ def average_over_ranks(tensors: Sequence[Tensor]) -> None:
         torch._foreach_copy_(
             list(tensors), [part.view(t.shape) for part, t in zip(parts, tensors, strict=True)]
         )
-
-
-class _Place(LightningEnvironment):
-    """Tells Lightning which of the processes this is, and that it need not start them."""
-
-    def __init__(self, share: Share) -> None:
-        super().__init__()
-        self._share = share
-
-    @property
-    def creates_processes_externally(self) -> bool:
-        return True
-
-    def local_rank(self) -> int:
-        return self._share.rank
-
-    def node_rank(self) -> int:
-        return 0
-
-
-class Together(DDPStrategy):
-    """Lightning's strategy for several processes, without its wrapper around the model.
-
-    The training module averages the gradients itself, in one exchange after the backward pass. The
-    wrapper's hooks would have to be set up around the capture of CUDA graphs, and what they gain,
-    exchanging while the backward pass still runs, is a fraction of a millisecond for models of
-    this size.
-    """
-
-    def __init__(self, share: Share) -> None:
-        super().__init__(cluster_environment=_Place(share))
-
-    def _configure_launcher(self) -> None:
-        self._launcher = None
-
-    def setup_distributed(self) -> None:
-        """Tell Lightning the ranks; the processes have met already."""
-        self.set_world_ranks()
-
-    def configure_ddp(self) -> None:
-        """Leave the model unwrapped."""
 
 
 def run_ranks(work: Callable[[Share], None], ranks: int, kind: str) -> None:

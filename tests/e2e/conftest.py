@@ -54,6 +54,16 @@ def server(checkpoint: Path) -> Iterator[RunningServer]:
 
 
 @pytest.fixture(scope="session")
+def quick(quick_checkpoint: Path) -> Iterator[RunningServer]:
+    """A server with a model of small inputs, of which tests may kill the workers."""
+    with (
+        tempfile.TemporaryDirectory(prefix="mambamic-test-") as folder,
+        serve(Path(folder), str(quick_checkpoint), "--device", "cpu") as running,
+    ):
+        yield running
+
+
+@pytest.fixture(scope="session")
 def cell() -> bytes:
     """A drawn cell, PNG."""
     return draw_cell()

@@ -34,7 +34,10 @@ def loopback_up() -> None:
 def start_nodes(folder: str) -> None:
     ray = [sys.executable, "-m", "ray.scripts.scripts", "start", "--node-ip-address", "127.0.0.1"]
     ray += ["--num-cpus", "1", "--object-store-memory", "200000000", "--disable-usage-stats"]
-    head = ["--head", "--port", "6379", "--include-dashboard", "false", "--temp-dir", folder]
+    # Neither logs nor more nodes are asked for: each would be another process on each node.
+    ray += ["--include-log-monitor", "false"]
+    head = ["--head", "--no-monitor", "--port", "6379", "--include-dashboard", "false"]
+    head += ["--temp-dir", folder]
     for more in (head, ["--address", ADDRESS]):
         done = subprocess.run(
             [*ray, *more], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False

@@ -160,7 +160,7 @@ def serve(
 
 @contextlib.contextmanager
 def plain_torchserve(archive: Path, state: Path, metrics_port: int) -> Iterator[int]:
-    """TorchServe without the launcher: its port of predictions."""
+    """TorchServe without the launcher: its port of predictions. Stopped, it leaves nothing."""
     port = free_port()
     (state / "config.properties").write_text(
         f"inference_address=http://127.0.0.1:{port}\n"
@@ -187,11 +187,12 @@ def plain_torchserve(archive: Path, state: Path, metrics_port: int) -> Iterator[
                     start, cwd=state, env=variables, stdout=log, stderr=log, timeout=60, check=True
                 )
             yield port
-        finally:
-            stop = [torchserve, "--stop"]
+            stop = [torchserve, "--stop", "--foreground"]
             subprocess.run(
-                stop, cwd=state, env=variables, capture_output=True, timeout=60, check=False
+                stop, cwd=state, env=variables, capture_output=True, timeout=60, check=True
             )
+            assert wait_for(lambda: of_state(state) == [], 20)
+        finally:
             end_all(state)
 
 
@@ -225,13 +226,15 @@ class Load:
     """Clients at once, each sending a bounded number of requests, with an image of its own.
 
     Where there are fewer images than clients they take turns. ``of_image`` holds what was answered
-    to which image.
+    to which image. A ``pause`` in seconds after each answer leaves cores to other tests where it
+    matters that requests are always under way, and not that there are as many as can be answered.
     """
 
     server: RunningServer
     images: list[bytes]
     clients: int
     requests: int
+    pause: float = 0
     answers: list[tuple[float, float, Answer]] = field(default_factory=list)
     of_image: list[tuple[int, Answer]] = field(default_factory=list)
     _threads: list[threading.Thread] = field(default_factory=list)
@@ -246,6 +249,7 @@ class Load:
             answer = self.server.body(self.images[image])
             self.answers.append((began, time.monotonic(), answer))
             self.of_image.append((image, answer))
+            self._stop.wait(self.pause)
 
     def __enter__(self) -> Load:
         self._threads = [

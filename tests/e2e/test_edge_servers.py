@@ -6,31 +6,23 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
 import pytest
 
 from ..turns import alone
 from .edges import RunningEdge, edge, error_of
 from .servers import (
-    ROOT,
     Answer,
     Load,
     RunningServer,
-    end_all,
-    end_group,
-    environment,
-    free_port,
-    of_state,
     run_mambamic,
     serve,
     wait_for,
@@ -88,7 +80,7 @@ def kill_in_turn(site: Site, load: Load, kills: int, pause: float) -> Counter[in
 
 def test_killed_workers_cost_no_request(site: Site, cell: bytes) -> None:
     before = len(site.edge.access_log.splitlines())
-    load = Load(site.edge, [cell], clients=8, requests=100_000)
+    load = Load(site.edge, [cell], clients=8, requests=100_000, pause=0.05)
     statuses = kill_in_turn(site, load, kills=3, pause=3)
     print(statuses)
     assert statuses[200] >= 0.999 * statuses.total()
@@ -111,107 +103,6 @@ def test_a_kill_every_ten_seconds_for_two_minutes(site: Site, cell: bytes) -> No
     record = {"kills": 12, "requests": statuses.total(), "statuses": dict(statuses)}
     print(json.dumps(record))
     assert statuses[200] >= 0.999 * statuses.total()
-
-
-def test_a_model_is_replaced_under_load(quick_checkpoint: Path, state: Path, cell: bytes) -> None:
-    old, new = (f"{quick_checkpoint}=mambamic:{version}" for version in ("1.0", "2.0"))
-    with (
-        serve(state, old, "--device", "cpu") as one,
-        edge(state, ports=[one.port]) as running,
-        Load(running, [cell], clients=4, requests=100_000) as load,
-        serve(state, new, "--device", "cpu") as two,
-    ):
-        both = [f"--upstream=127.0.0.1:{server.port}" for server in (one, two)]
-        running.change(*both)
-        assert wait_for(lambda: "2.0" in versions(load, last=8), 30)
-        assert "still being answered" not in running.change(both[1])
-        stopped = run_mambamic(state, "serve", "--stop", "--port", str(one.port))
-        assert stopped.returncode == 0
-        seen = len(load.answers)
-        assert wait_for(lambda: len(load.answers) >= seen + 100, 30)
-        load.stop()
-        statuses = Counter(answer.status for _, _, answer in load.answers)
-        print(statuses)
-        assert set(statuses) == {200}, statuses
-        assert versions(load, last=80) == {"2.0"}
-
-
-def versions(load: Load, last: int) -> set[str]:
-    """The versions of the model that have answered lately."""
-    return {answer.json["version"] for _, _, answer in load.answers[-last:] if answer.status == 200}
-
-
-def hold_in_flight(
-    server: RunningServer, pool: ThreadPoolExecutor, cell: bytes
-) -> tuple[int, list[Future[Answer]]]:
-    """Have requests wait for a worker that stands still, some with it and some in the queue."""
-    (worker,) = server.worker_pids()
-    os.kill(worker, signal.SIGSTOP)
-    first = [pool.submit(server.body, cell) for _ in range(IN_FLIGHT // 4)]
-    time.sleep(0.3)
-    waiting = first + [pool.submit(server.body, cell) for _ in range(IN_FLIGHT - len(first))]
-    record = server.folder.read()
-    assert record is not None
-    java = psutil.Process(record.pid)
-
-    def arrived() -> bool:
-        # Both ends of a connection are on this machine; Java's have its port on their side.
-        lines = java.net_connections(kind="tcp")
-        mine = [line for line in lines if line.laddr.port == server.port and line.raddr]
-        return len(mine) >= IN_FLIGHT
-
-    assert wait_for(arrived, 30)
-    return worker, waiting
-
-
-def test_a_stop_answers_forty_requests_in_flight(
-    quick_checkpoint: Path, state: Path, cell: bytes
-) -> None:
-    with (
-        serve(state, str(quick_checkpoint), "--device", "cpu", "--batch-size", "8") as server,
-        ThreadPoolExecutor(IN_FLIGHT + 1) as pool,
-    ):
-        worker, waiting = hold_in_flight(server, pool, cell)
-        stop = ("serve", "--stop", "--drain", "60", "--port", str(server.port))
-        stopped = pool.submit(run_mambamic, state, *stop)
-        time.sleep(1)
-        os.kill(worker, signal.SIGCONT)
-        assert Counter(answer.result().status for answer in waiting) == {200: IN_FLIGHT}
-        assert stopped.result().returncode == 0
-        assert stopped.result().stderr == ""
-        assert of_state(state) == []
-
-
-def test_a_signal_in_the_foreground_answers_forty_requests_in_flight(
-    quick_checkpoint: Path, state: Path, cell: bytes
-) -> None:
-    port = free_port()
-    log = state / "console.txt"
-    command = ["serve", "--foreground", "--port", str(port), "--model", str(quick_checkpoint)]
-    with log.open("wb") as console:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "mambamic", *command, "--device", "cpu", "--batch-size", "8"],
-            stdout=console,
-            stderr=subprocess.STDOUT,
-            cwd=ROOT,
-            env=environment(state),
-            start_new_session=True,
-        )
-    server = RunningServer(port, state, "")
-    try:
-        assert wait_for(lambda: b"first answer after" in log.read_bytes(), 120), log.read_text()
-        with ThreadPoolExecutor(IN_FLIGHT) as pool:
-            worker, waiting = hold_in_flight(server, pool, cell)
-            process.terminate()
-            time.sleep(1)
-            process.terminate()  # somebody is impatient
-            os.kill(worker, signal.SIGCONT)
-            assert Counter(answer.result().status for answer in waiting) == {200: IN_FLIGHT}
-        assert process.wait(timeout=60) == 0
-        assert wait_for(lambda: of_state(state) == [], 10)
-    finally:
-        end_group(process)
-        end_all(state)
 
 
 def in_logs(site: Site, text: str) -> int:
@@ -304,13 +195,51 @@ def test_twice_the_load_for_minutes(lone: RunningEdge, cell: bytes) -> None:
     assert twice < 3 * half
 
 
-# The last: afterwards one of the two servers is gone.
+@pytest.fixture(scope="module")
+def later() -> Iterator[ExitStack]:
+    """What a test starts and the next one goes on with."""
+    with ExitStack() as stack:
+        yield stack
+
+
+# The last two: afterwards a newer model is in the place of the first, and then nothing.
+def test_a_model_is_replaced_under_load(
+    site: Site, quick_checkpoint: Path, cell: bytes, later: ExitStack
+) -> None:
+    running, old = site.edge, site.servers[0]
+    running.change(site.edge.arguments[0])
+    with Load(running, [cell], clients=2, requests=100_000, pause=0.1) as load:
+        folder = Path(later.enter_context(tempfile.TemporaryDirectory(prefix="mambamic-test-")))
+        model = f"{quick_checkpoint}=mambamic:2.0"
+        new = later.enter_context(serve(folder, model, "--device", "cpu"))
+        both = [f"--upstream=127.0.0.1:{server.port}" for server in (old, new)]
+        running.change(*both)
+        assert wait_for(lambda: "2.0" in versions(load, last=8), 30)
+        assert "still being answered" not in running.change(both[1])
+        stopped = run_mambamic(old.state, "serve", "--stop", "--port", str(old.port))
+        assert stopped.returncode == 0
+        seen = len(load.answers)
+        assert wait_for(lambda: len(load.answers) >= seen + 30, 30)
+        load.stop()
+        statuses = Counter(answer.status for _, _, answer in load.answers)
+        print(statuses)
+        assert set(statuses) == {200}, statuses
+        assert versions(load, last=20) == {"2.0"}
+    site.servers = new, site.servers[1]
+    running.arguments = both[1], running.arguments[1]
+
+
+def versions(load: Load, last: int) -> set[str]:
+    """The versions of the model that have answered lately."""
+    return {answer.json["version"] for _, _, answer in load.answers[-last:] if answer.status == 200}
+
+
 def test_one_of_two_servers_is_stopped_without_a_word_to_the_edge(site: Site, cell: bytes) -> None:
     site.edge.change(*site.edge.arguments, "--in-flight", "16")
-    with Load(site.edge, [cell], clients=8, requests=100_000) as load:
+    with Load(site.edge, [cell], clients=8, requests=100_000, pause=0.05) as load:
         assert wait_for(lambda: len(load.answers) >= 50, 30)
-        port = site.servers[0].port
-        stopped = run_mambamic(site.edge.state, "serve", "--stop", "--port", str(port))
+        one = site.servers[0]
+        stopped = run_mambamic(one.state, "serve", "--stop", "--port", str(one.port))
         assert stopped.returncode == 0
         seen = len(load.answers)
         assert wait_for(lambda: len(load.answers) >= seen + 100, 30)

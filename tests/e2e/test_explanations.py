@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+from pathlib import Path
 
 from PIL import Image
 
@@ -15,9 +16,9 @@ from .servers import RunningServer, post
 
 
 def test_a_picture_and_the_same_as_json(
-    server: RunningServer, cell: bytes, cell_image: Image.Image
+    quick: RunningServer, cell: bytes, cell_image: Image.Image
 ) -> None:
-    url = f"http://127.0.0.1:{server.port}/explanations/mambamic"
+    url = f"http://127.0.0.1:{quick.port}/explanations/mambamic"
     drawn = post(url, fields={"image": ("cell.png", cell, "image/png")})
     assert drawn.status == 200, drawn.data
     assert drawn.headers["Content-Type"].startswith("image/png")
@@ -27,9 +28,9 @@ def test_a_picture_and_the_same_as_json(
 
     told = post(
         url,
-        # Text fields as curl sends -F class=lymphocyte.
+        # Text fields as curl sends -F class=c.
         fields={
-            "class": "lymphocyte",
+            "class": "c",
             "method": "integrated-gradients",
             "image": ("cell.png", cell, "image/png"),
         },
@@ -37,7 +38,7 @@ def test_a_picture_and_the_same_as_json(
     )
     assert told.status == 200, told.data
     answer = json.loads(told.data)
-    assert (answer["explained"], answer["method"]) == ("lymphocyte", "integrated-gradients")
+    assert (answer["explained"], answer["method"]) == ("c", "integrated-gradients")
     assert answer["model"] == "mambamic"
     assert base64.b64decode(answer["overlay_png"]).startswith(b"\x89PNG")
 
@@ -47,11 +48,12 @@ def test_a_picture_and_the_same_as_json(
 
 
 def test_embeddings_by_form_field(
-    server: RunningServer, cell: bytes, classifier: Classifier
+    quick: RunningServer, cell: bytes, quick_checkpoint: Path
 ) -> None:
-    url = f"http://127.0.0.1:{server.port}/predictions/mambamic"
+    url = f"http://127.0.0.1:{quick.port}/predictions/mambamic"
     reply = post(url, fields={"image": ("cell.png", cell, "image/png"), "embedding": "1"})
     assert reply.status == 200, reply.data
+    classifier = Classifier.load(quick_checkpoint, device="cpu")
     pixels = classifier.preprocess.pixels(decode(cell))
     (expected,) = classifier.embeddings(pixels[None])
     found = json.loads(reply.data)["embedding"]

@@ -23,31 +23,24 @@ from types import ModuleType
 import numpy as np
 import pytest
 import urllib3
-from prometheus_client.parser import text_string_to_metric_families as parse
 
 from mambamic import Classifier, metrics
 from mambamic.checkpoint import load_checkpoint
-from mambamic.export.archive import write_archive
 from mambamic.ood import fit_detector, store_detector
 
 from ..random_checkpoint import write_random_checkpoint
 from ..turns import alone
+from .counts import exposed, total
 from .prometheus import SCRAPE_S, Prometheus, prometheus
 from .servers import (
     ROOT,
     RunningServer,
-    end_all,
-    end_group,
-    environment,
-    free_port,
     of_state,
-    plain_torchserve,
-    post,
     serve,
     wait_for,
 )
 
-LOAD_S = 9.0
+LOAD_S = 6.0
 CLIENTS = 4
 FILES_PER_WORKER = 6  # five of metrics and a lock
 
@@ -141,24 +134,6 @@ def render(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return importlib.import_module("render")
 
 
-def exposed(port: int) -> dict[str, dict[tuple[tuple[str, str], ...], float]]:
-    """Every sample of a port, by name and labels."""
-    reply = urllib3.request("GET", f"http://127.0.0.1:{port}/metrics", retries=False, timeout=30)
-    assert reply.status == 200
-    found: dict[str, dict[tuple[tuple[str, str], ...], float]] = {}
-    for family in parse(reply.data.decode()):
-        for sample in family.samples:
-            labels = tuple(sorted(sample.labels.items()))
-            found.setdefault(sample.name, {})[labels] = sample.value
-    return found
-
-
-def total(port: int, metric: metrics.Metric, **labels: str) -> float:
-    """The sum of a metric's samples that have these labels."""
-    samples = exposed(port).get(metric.sample, {})
-    return sum(value for stated, value in samples.items() if labels.items() <= dict(stated).items())
-
-
 def test_every_metric_is_given_and_no_other(monitored: Monitored) -> None:
     names = set(exposed(monitored.server.port + 3))
     for metric in metrics.ALL:
@@ -249,7 +224,7 @@ def test_every_rule_can_be_evaluated(monitored: Monitored) -> None:
 
 
 @pytest.mark.parametrize("kills", [3, pytest.param(100, marks=pytest.mark.soak)])
-def test_the_number_of_files_is_bounded_and_no_count_is_lost(
+def test_files_are_bounded_no_count_is_lost_and_the_exporter_ends_with_java(
     quick_checkpoint: Path, state: Path, cell: bytes, kills: int
 ) -> None:
     with serve(state, str(quick_checkpoint), "--device", "cpu") as server:
@@ -278,96 +253,14 @@ def test_the_number_of_files_is_bounded_and_no_count_is_lost(
         # Of the workers that live, what the dead ones counted, and the lock of the merging.
         assert most <= FILES_PER_WORKER + 3
         assert total(port, metrics.WORKER_STARTS) == kills + 1
-    assert of_state(state) == []
 
-
-def test_the_exporter_ends_with_java_and_its_port_is_free_again(
-    quick_checkpoint: Path, state: Path
-) -> None:
-    with serve(state, str(quick_checkpoint), "--device", "cpu") as server:
+        # Its port is free again when Java has died.
         record = server.folder.read()
         assert record is not None
-        assert f"http://127.0.0.1:{server.port + 3}/metrics" in server.printed
+        assert f"http://127.0.0.1:{port}/metrics" in server.printed
         os.kill(record.pid, signal.SIGKILL)
-        pids = {process.pid for process in of_state(state)}
-        assert record.exporter in pids
-        with serve(state, str(quick_checkpoint), "--device", "cpu", port=server.port) as again:
-            assert total(again.port + 3, metrics.WORKER_STARTS) == 1
+        assert record.exporter in {process.pid for process in of_state(state)}
+        with serve(state, str(quick_checkpoint), "--device", "cpu", port=server.port):
+            assert total(port, metrics.WORKER_STARTS) == 1
             assert record.exporter not in {process.pid for process in of_state(state)}
     assert of_state(state) == []
-
-
-def test_in_the_foreground_a_killed_exporter_comes_back_with_all_counts(
-    quick_checkpoint: Path, state: Path
-) -> None:
-    port = free_port()
-    command = [sys.executable, "-m", "mambamic", "serve", "--foreground", "--port", str(port)]
-    command += ["--model", str(quick_checkpoint), "--device", "cpu"]
-    log = state / "console.txt"
-    with log.open("wb") as console:
-        process = subprocess.Popen(
-            command,
-            stdout=console,
-            stderr=console,
-            cwd=ROOT,
-            env=environment(state),
-            start_new_session=True,
-        )
-    try:
-        assert wait_for(lambda: b"first answer after" in log.read_bytes(), 120), log.read_text()
-
-        def exporters() -> list[int]:
-            found = of_state(state)
-            return [one.pid for one in found if "mambamic.launcher.exporter" in one.cmdline()]
-
-        (victim,) = exporters()
-        os.kill(victim, signal.SIGKILL)
-
-        def back() -> bool:
-            try:
-                return total(port + 3, metrics.PREDICTIONS) == 1
-            except urllib3.exceptions.HTTPError:
-                return False
-
-        assert wait_for(back, 30)
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(60) == 0
-        assert of_state(state) == []
-    finally:
-        end_group(process)
-        end_all(state)
-
-
-def test_under_plain_torchserve_a_worker_exports_and_another_takes_over(
-    quick_checkpoint: Path, state: Path, cell: bytes
-) -> None:
-    archive = write_archive(quick_checkpoint, state / "store" / "mambamic.mar", workers=2)
-    metrics_port = free_port() + 3
-    with plain_torchserve(archive, state, metrics_port) as port:
-        url = f"http://127.0.0.1:{port}/predictions/mambamic"
-        kind = {"Content-Type": "image/png"}
-
-        def answers() -> bool:
-            try:
-                return post(url, body=cell, headers=kind).status == 200
-            except urllib3.exceptions.HTTPError:
-                return False
-
-        def starts() -> float:
-            try:
-                return total(metrics_port, metrics.WORKER_STARTS)
-            except urllib3.exceptions.HTTPError:
-                return 0
-
-        assert wait_for(answers, 60)
-        assert wait_for(lambda: starts() == 2, 60)
-        before = total(metrics_port, metrics.PREDICTIONS)
-        assert before == 1
-        (exporter,) = (
-            process
-            for process in of_state(state)
-            if any(at.laddr.port == metrics_port for at in process.net_connections("tcp"))
-        )
-        os.kill(exporter.pid, signal.SIGKILL)
-        assert wait_for(lambda: starts() == 3, 60)
-        assert total(metrics_port, metrics.PREDICTIONS) == before

@@ -108,13 +108,18 @@ def test_management_is_not_on_the_port_of_predictions(server: RunningServer) -> 
     assert len(server.worker_pids()) == 1
 
 
-@pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0"])
-def test_only_predictions_leave_loopback(quick_checkpoint: Path, state: Path, host: str) -> None:
-    with serve(state, str(quick_checkpoint), "--device", "cpu", "--host", host) as server:
-        ports = {port: address for address, port in listening(server)}
-    assert ports.pop(server.port) == host
-    assert {server.port + 1, server.port + 2} <= set(ports)
-    assert set(ports.values()) == {"127.0.0.1"}
+def test_only_predictions_leave_loopback(
+    server: RunningServer, quick_checkpoint: Path, state: Path
+) -> None:
+    where = [(server, "127.0.0.1", listening(server))]
+    anywhere = ("--device", "cpu", "--host", "0.0.0.0")
+    with serve(state, str(quick_checkpoint), *anywhere) as open_to_all:
+        where.append((open_to_all, "0.0.0.0", listening(open_to_all)))
+    for one, host, found in where:
+        ports = {port: address for address, port in found}
+        assert ports.pop(one.port) == host
+        assert {one.port + 1, one.port + 2} <= set(ports)
+        assert set(ports.values()) == {"127.0.0.1"}
 
 
 def test_logs_hold_nothing_of_an_image(server: RunningServer, cell: bytes) -> None:

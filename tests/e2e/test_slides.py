@@ -24,11 +24,12 @@ from selenium.webdriver.support.ui import Select
 from mambamic import Classifier
 from mambamic.slides.source import open_slide
 
-from ..test_slides_score import only, score, table
-from .servers import RunningServer, serve
+from ..slide_runs import only, score, table
+from .servers import RunningServer
 
 SHOT = os.environ.get("MAMBAMIC_SCREENSHOT")
 TILE = 200
+CORNER = 6  # rows and columns
 
 
 @pytest.fixture(scope="module")
@@ -42,9 +43,9 @@ def mosaic(data_dir: Path) -> Path:
     return data_dir / "slides" / "pbc_mosaic.tiff"
 
 
-def _square(path: Path, cells: int) -> Path:
-    """An annotation of the first so many rows and columns of the mosaic."""
-    end = cells * TILE
+def _corner(path: Path) -> Path:
+    """An annotation of the first rows and columns of the mosaic."""
+    end = CORNER * TILE
     ring = [[0, 0], [end, 0], [end, end], [0, end], [0, 0]]
     path.write_text(json.dumps({"type": "Polygon", "coordinates": [ring]}))
     return path
@@ -57,7 +58,14 @@ def scored(mosaic: Path, checkpoint: Path, tmp_path_factory: pytest.TempPathFact
     done = score(
         mosaic,
         *("--model", checkpoint, "--out", base / "out", "--tile-px", "--tile", TILE),
-        *("--tissue", _square(base / "corner.geojson", 8), "--min-tissue", 1, "--device", "cpu"),
+        *(
+            "--tissue",
+            _corner(base / "corner.geojson"),
+            "--min-tissue",
+            1,
+            "--device",
+            "cpu",
+        ),
         *("--embeddings",),
     )
     assert done.returncode == 0, done.stderr
@@ -89,7 +97,7 @@ def test_a_corner_of_the_mosaic_is_as_its_cells_one_by_one(
     scored: Path, mosaic: Path, classifier: Classifier, truth: dict[tuple[int, int], str]
 ) -> None:
     rows = table(scored)
-    assert rows.num_rows == 64
+    assert rows.num_rows == CORNER**2
     labels = [
         truth[x, y] for x, y in zip(rows["x"].to_pylist(), rows["y"].to_pylist(), strict=True)
     ]
@@ -111,7 +119,6 @@ def test_the_whole_mosaic_is_as_accurate_as_its_cells_one_by_one(
         mosaic,
         *("--model", checkpoint, "--out", tmp_path, "--tile-px", "--tile", TILE),
         *("--tissue", tissue, "--device", "cpu"),
-        timeout=1200,
     )
     assert done.returncode == 0, done.stderr
     rows = table(only(tmp_path))
@@ -136,7 +143,13 @@ def test_a_server_gives_the_same_scores_and_so_does_a_request_of_a_users_own(
     done = score(
         mosaic,
         *("--model", checkpoint, "--out", tmp_path / "out", "--tile-px", "--tile", TILE),
-        *("--tissue", _square(tmp_path / "corner.geojson", 8), "--min-tissue", 1, "--embeddings"),
+        *(
+            "--tissue",
+            _corner(tmp_path / "corner.geojson"),
+            "--min-tissue",
+            1,
+            "--embeddings",
+        ),
         *("--server", f"http://127.0.0.1:{server.port}"),
     )
     assert done.returncode == 0, done.stderr
@@ -151,7 +164,7 @@ def test_a_server_gives_the_same_scores_and_so_does_a_request_of_a_users_own(
     gap = np.array(here["embedding"].to_pylist()) - np.array(there["embedding"].to_pylist())
     assert np.abs(gap).max() < 1e-3
     slide = open_slide(mosaic)
-    for row in here.to_pylist()[::16]:
+    for row in here.to_pylist()[::9]:
         buffer = io.BytesIO()
         slide.read(row["x"], row["y"], 0, (TILE, TILE)).save(buffer, "PNG")
         answer = server.body(buffer.getvalue()).json
@@ -162,14 +175,13 @@ def test_a_server_gives_the_same_scores_and_so_does_a_request_of_a_users_own(
 
 
 def test_a_server_with_another_model_is_refused(
-    mosaic: Path, checkpoint: Path, quick_checkpoint: Path, state: Path, tmp_path: Path
+    mosaic: Path, quick_checkpoint: Path, server: RunningServer, tmp_path: Path
 ) -> None:
-    with serve(state, str(quick_checkpoint), "--device", "cpu") as other:
-        done = score(
-            mosaic,
-            *("--model", checkpoint, "--out", tmp_path / "out", "--tile-px"),
-            *("--server", f"http://127.0.0.1:{other.port}"),
-        )
+    done = score(
+        mosaic,
+        *("--model", quick_checkpoint, "--out", tmp_path / "out", "--tile-px"),
+        *("--server", f"http://127.0.0.1:{server.port}"),
+    )
     assert done.returncode == 2
     assert "has another model" in done.stderr
 

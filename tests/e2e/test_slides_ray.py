@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from ..slide_files import blobs, write_slide
-from ..test_slides_score import only, score, table
+from ..slide_runs import only, score, table
 
 SCRIPT = Path(__file__).with_name("ray_cluster.py")
 ROOT = SCRIPT.parent.parent.parent
@@ -29,7 +29,7 @@ def arguments(slides: list[Path], random_checkpoint: Path) -> list[str]:
     more = [
         "--tile-px",
         "--tile",
-        "64",
+        "80",
         "--embeddings",
         "--max-bad-tiles",
         "10%",
