@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import subprocess
@@ -80,6 +81,17 @@ FIRST = [
         *("e2e/test_onnx", "test_export_onnx_export", "test_slides_big", "test_models"),
     )
 ]
+
+
+# What tests import stays: looking through it for garbage, again and again, is a fifth of the time
+# that collecting them takes.
+gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    """From here on there is garbage, and not among what was imported."""
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_configure() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import zipfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter
 
 from mambamic import Classifier, create_model
-from mambamic.checkpoint import save_checkpoint
+from mambamic.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from mambamic.config import Config
 from mambamic.explain import methods
 from mambamic.explain.methods import (
@@ -137,9 +137,13 @@ def test_gradients_agree_with_occlusion_and_not_with_its_mirror_image(placed: Pl
 
 
 def test_other_weights_give_another_map(
-    demo: Classifier, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    root: Path, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     coarser(monkeypatch, 7)
+    # At half of its inputs' side: what the demo then takes the cell for does not matter.
+    stated = load_checkpoint(root / "model_store" / "mambamic_t_pbc")
+    half = replace(stated.config, input_size=stated.config.input_size // 2)
+    demo = Classifier.load(Checkpoint(stated.path, half), device="cpu")
     # A whole image: beside a cell on plain ground every map is empty, whatever the weights.
     pixels = demo.preprocess.pixels(first_cell(data_dir, "eosinophil"))
     folder = write_random_checkpoint(tmp_path / "random", input_size=len(pixels))

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mambamic.cli.arguments import positive
+from mambamic.cli.imports import without_collections
 from mambamic.preprocess import Preprocess
 from mambamic.training.recipe import Recipe, Strengths
 from mambamic.training.recipe_files import DEFAULT, read_recipe, shipped
@@ -119,7 +120,8 @@ def _changes(args: Mapping[str, Any]) -> dict[str, Any]:
 
 def run(args: argparse.Namespace) -> int:
     """Train and print where the checkpoint is and how good it is."""
-    from mambamic.training.run import RESULT, Run, train
+    with without_collections():
+        from mambamic.training.run import RESULT, Run, train
 
     recipe, preprocess = read_recipe(args.recipe, _changes(vars(args)))
     task = Run(

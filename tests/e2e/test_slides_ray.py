@@ -29,10 +29,10 @@ def arguments(slides: list[Path], random_checkpoint: Path) -> list[str]:
     more = [
         "--tile-px",
         "--tile",
-        "80",
+        "128",
         "--embeddings",
         "--max-bad-tiles",
-        "10%",
+        "20%",
         "--device",
         "cpu",
     ]
