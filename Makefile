@@ -16,8 +16,8 @@ USERS ?= 16
 SECONDS ?= 60
 RATE ?= 0
 REPORTS ?= runs/loadtest
-# Of make test: processes that it runs in, one more than cores, as many tests wait.
-JOBS ?= 3
+# Of make test: processes that it runs in, two more than two cores, as many tests wait.
+JOBS ?= 4
 
 VENV := .venv
 BIN := $(VENV)/bin
