@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from mambamic.cli.arguments import positive
-from mambamic.garbage import no_collection
 from mambamic.preprocess import Preprocess
 from mambamic.training.recipe import Recipe, Strengths
 from mambamic.training.recipe_files import DEFAULT, read_recipe, shipped
@@ -120,9 +119,7 @@ def _changes(args: Mapping[str, Any]) -> dict[str, Any]:
 
 def run(args: argparse.Namespace) -> int:
     """Train and print where the checkpoint is and how good it is."""
-    # Python looks again and again at all that was imported, and that stays: a sixth of the time.
-    with no_collection():
-        from mambamic.training.run import RESULT, Run, train
+    from mambamic.training.run import RESULT, Run, train
 
     recipe, preprocess = read_recipe(args.recipe, _changes(vars(args)))
     task = Run(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +17,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mambamic.garbage import no_collection
 from mambamic.kernels import nvrtc
 
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
@@ -167,11 +167,9 @@ class Replay:
             self._work.synchronize()
             torch.cuda.empty_cache()  # the graph's memory is its own
             graph = torch.cuda.CUDAGraph()
-            # Other threads may use the device meanwhile; but what is freed of another graph's
-            # memory ends a capture.
-            gc.collect()
+            # Other threads may use the device meanwhile.
             with (
-                no_collection(),
+                _no_collection(),
                 torch.cuda.graph(
                     graph, pool=self._pool, stream=self._work, capture_error_mode="thread_local"
                 ),
@@ -179,6 +177,19 @@ class Replay:
                 result = self._function(pixels)
             self._captured[size] = _Captured(graph, pixels, result)
         return self._captured[size]
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Keep the garbage collector from freeing another graph's memory: that ends a capture."""
+    gc.collect()
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _pinned(pixels: NDArray[np.uint8]) -> Tensor | None:
