@@ -181,7 +181,7 @@ def test_in_the_foreground_it_ends_gently(state: Path) -> None:
         running = RunningEdge(port, state, "")
         try:
             with ThreadPoolExecutor(4) as pool:
-                assert wait_for(lambda: is_up(port), 30)
+                assert wait_for(lambda: answers(running), 30)
                 waiting = [pool.submit(running.body, b"x") for _ in range(4)]
                 assert wait_for(lambda: len(server.seen) >= 4, 10)
                 process.terminate()
@@ -202,4 +202,12 @@ def is_up(port: int) -> bool:
         with socket.create_connection(("127.0.0.1", port), timeout=1):
             return True
     except OSError:
+        return False
+
+
+def answers(running: RunningEdge) -> bool:
+    """Whether nginx serves; an open port says less, as nginx opens it while it tries settings."""
+    try:
+        return running.ask("GET", "/settings.json").status == 200
+    except urllib3.exceptions.HTTPError:
         return False
