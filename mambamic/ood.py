@@ -1,13 +1,15 @@
 """Whether an image is of the kind that a model was made for: a detector on its embeddings.
 
 The score is the Mahalanobis distance from the nearest class mean (Lee et al. 2018,
-arXiv:1807.03888), in units of the distance below which 95 % of the validation images are. NumPy
-alone, and in a file beside the weights, so that a checkpoint without one is what it always was.
+arXiv:1807.03888), in units of the distance below which 95 % of the validation images are. The
+spread is that of probabilistic principal components (Tipping and Bishop 1999): the strongest
+directions each have their variance, all others one. NumPy alone, and in a file beside the weights,
+so that a checkpoint without one is what it always was.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -24,7 +26,10 @@ MINIMUM = 50  # images to fit a detector to
 SHARE = 0.95  # of the validation images that count as known
 _SHRINKAGE = 0.1  # towards a sphere: there are hardly more images than channels
 _FOLDS = 5
-_SHAPES = {"means": 2, "whitening": 2, "threshold": 1}
+# Beyond them a spread of a thousand images tells chance; and a server reads all of them for every
+# image, which from memory takes as long as the rest of an answer.
+_DIRECTIONS = 128
+_SHAPES = {"means": 2, "directions": 2, "rest": 1, "threshold": 1}
 _WEIGHTS = "weights_sha256"
 _AGAIN = "fit the detector anew by: mambamic ood CHECKPOINT DATA"
 
@@ -37,12 +42,15 @@ class Detector:
 
     Args:
         means: (classes, C) float32, of the embeddings of each class that has images.
-        whitening: (C, C) float32, which makes the spread within the classes a sphere.
+        directions: (C, D) float32, those of the strongest spread within the classes, orthogonal;
+            each as long as the root of what its variance takes off the inverse of ``rest``.
+        rest: The variance in any other direction.
         threshold: The distance below which ``SHARE`` of the validation images are.
     """
 
     means: NDArray[np.float32]
-    whitening: NDArray[np.float32]
+    directions: NDArray[np.float32]
+    rest: float
     threshold: float
 
     def scores(self, embeddings: Embeddings) -> NDArray[np.float64]:
@@ -54,12 +62,23 @@ class Detector:
         Returns:
             (B,), infinite for embeddings that are no numbers.
         """
-        distances = _distances(embeddings, self._centres, self.whitening) / self.threshold
+        distances = self.distances(embeddings) / self.threshold
         return np.where(np.isfinite(distances), distances, np.inf)
+
+    def distances(self, embeddings: Embeddings) -> NDArray[np.float64]:
+        """Return the Mahalanobis distance from the nearest mean, (B,), of embeddings (B, C)."""
+        # In float32, which is exact to four digits: a server does this for every image.
+        rows = embeddings.astype(np.float32, copy=False)
+        apart = rows[:, np.newaxis] - self.means
+        along = (rows @ self.directions)[:, np.newaxis] - self._centres
+        squares = np.einsum("bkc,bkc->bk", apart, apart) / self.rest
+        squares -= np.einsum("bkd,bkd->bk", along, along)
+        nearest: NDArray[np.float64] = np.sqrt(squares.min(axis=1).clip(0).astype(np.float64))
+        return nearest
 
     @cached_property
     def _centres(self) -> NDArray[np.float32]:
-        centres: NDArray[np.float32] = self.means @ self.whitening
+        centres: NDArray[np.float32] = self.means @ self.directions
         return centres
 
     def to_bytes(self, weights_sha256: str) -> bytes:
@@ -67,7 +86,8 @@ class Detector:
         tensors: dict[str, NDArray[np.floating]] = {
             # safetensors writes what lies in memory, in whichever order that is.
             "means": np.ascontiguousarray(self.means),
-            "whitening": np.ascontiguousarray(self.whitening),
+            "directions": np.ascontiguousarray(self.directions),
+            "rest": np.array([self.rest], np.float64),
             "threshold": np.array([self.threshold], np.float64),
         }
         data: bytes = safetensors.numpy.save(tensors, metadata={_WEIGHTS: weights_sha256})
@@ -98,10 +118,8 @@ def fit_detector(embeddings: Embeddings, labels: NDArray[np.int64]) -> Detector:
     apart = np.empty(len(embeddings))
     for fold in range(_FOLDS):
         kept = folds != fold
-        means, whitening = _fit(embeddings[kept], groups[kept])
-        apart[~kept] = _distances(embeddings[~kept], means @ whitening, whitening)
-    means, whitening = _fit(embeddings, groups)
-    return Detector(means, whitening, float(np.quantile(apart, SHARE)))
+        apart[~kept] = _fit(embeddings[kept], groups[kept]).distances(embeddings[~kept])
+    return replace(_fit(embeddings, groups), threshold=float(np.quantile(apart, SHARE)))
 
 
 def store_detector(checkpoint: Checkpoint, detector: Detector) -> Path:
@@ -138,7 +156,8 @@ def load_detector(checkpoint: Checkpoint) -> Detector | None:
             f"delete the file, or {_AGAIN}",
         )
     _check(path, tensors)
-    return Detector(tensors["means"], tensors["whitening"], float(tensors["threshold"][0]))
+    rest, threshold = (float(tensors[name][0]) for name in ("rest", "threshold"))
+    return Detector(tensors["means"], tensors["directions"], rest, threshold)
 
 
 def auroc(known: NDArray[np.float64], unknown: NDArray[np.float64]) -> float:
@@ -181,39 +200,32 @@ def made_outliers(pixels: NDArray[np.uint8]) -> dict[str, NDArray[np.uint8]]:
     return {"blank": blank, "half scale": half, "double scale": double}
 
 
-def _fit(
-    embeddings: Embeddings, groups: NDArray[np.intp]
-) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+def _fit(embeddings: Embeddings, groups: NDArray[np.intp]) -> Detector:
+    """Fit all but the threshold."""
     exact = embeddings.astype(np.float64)
     means = np.stack([exact[groups == group].mean(0) for group in np.unique(groups)])
     centred = exact - means[np.searchsorted(np.unique(groups), groups)]
     spread = centred.T @ centred / len(exact)
     variance = np.trace(spread) / len(spread)
     spread = (1 - _SHRINKAGE) * spread + (_SHRINKAGE * variance + 1e-12) * np.eye(len(spread))
-    # spread = L L^T, so that the distance is the length of L^-1 x.
-    whitening = np.linalg.inv(np.linalg.cholesky(spread)).T
-    return means.astype(np.float32), whitening.astype(np.float32)
-
-
-def _distances(
-    embeddings: Embeddings, centres: NDArray[np.float32], whitening: NDArray[np.float32]
-) -> NDArray[np.float64]:
-    # In float32, which is exact to six digits: a server does this for every image.
-    whitened = embeddings.astype(np.float32, copy=False) @ whitening
-    apart = (whitened[:, np.newaxis] - centres).astype(np.float64)
-    nearest: NDArray[np.float64] = np.linalg.norm(apart, axis=2).min(axis=1)
-    return nearest
+    variances, directions = np.linalg.eigh(spread)  # the weakest first
+    weak = max(1, len(spread) - _DIRECTIONS)
+    rest = variances[:weak].mean()
+    lengths = np.sqrt((1 / rest - 1 / variances[weak:]).clip(0))
+    strong = directions[:, weak:] * lengths
+    return Detector(means.astype(np.float32), strong.astype(np.float32), float(rest), 1.0)
 
 
 def _check(path: Path, tensors: dict[str, NDArray[np.floating]]) -> None:
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
-    fits = {name: len(shape) for name, shape in shapes.items()} == _SHAPES and shapes[
-        "whitening"
-    ] == 2 * (shapes["means"][1],)
+    fits = {name: len(shape) for name, shape in shapes.items()} == _SHAPES and (
+        shapes["rest"] == shapes["threshold"] == (1,)
+        and shapes["directions"][0] == shapes["means"][1]
+    )
     finite = all(np.isfinite(tensor).all() for tensor in tensors.values())
-    if not fits or not finite or not tensors["threshold"].min() > 0:
+    if not fits or not finite or min(tensors["rest"], tensors["threshold"]) <= 0:
         raise CheckpointError(
             f"{path} holds {shapes}",
-            "finite means (classes, C), whitening (C, C) and a threshold (1,) above 0",
+            "finite means (classes, C), directions (C, D), and a rest and a threshold above 0",
             _AGAIN,
         )

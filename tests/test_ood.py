@@ -3,7 +3,9 @@ from __future__ import annotations
 import json
 import shutil
 import zipfile
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -42,6 +44,25 @@ def test_the_spread_of_the_classes_counts() -> None:
     along[:2], across[:2] = (15, 20), (0, 35)  # as far from the second class, in other directions
     near, far = detector.scores(np.stack([along, across]))
     assert near < 1 < far
+
+
+def test_the_distance_is_that_of_the_spread_with_its_weakest_directions_alike() -> None:
+    random = np.random.default_rng(4)
+    labels = random.integers(0, 2, 3000)
+    points = random.normal(size=(3000, 200)) * np.geomspace(30, 0.1, 200)
+    points[:, 0] += 10 * labels
+    detector = fit_detector(points.astype(np.float32), labels)
+    assert detector.directions.shape == (200, 128)
+
+    means = np.stack([points[labels == label].mean(0) for label in (0, 1)])
+    spread = np.cov((points - means[labels]).T, bias=True)
+    spread = 0.9 * spread + 0.1 * np.trace(spread) / 200 * np.eye(200)
+    variances, axes = np.linalg.eigh(spread)
+    variances[:72] = variances[:72].mean()
+    far = random.normal(size=(50, 200)) * 20
+    apart = (far[:, np.newaxis] - means) @ axes / np.sqrt(variances)
+    exact = np.linalg.norm(apart, axis=2).min(axis=1)
+    np.testing.assert_allclose(detector.distances(far), exact, rtol=1e-4)
 
 
 def test_several_labels_an_image() -> None:
@@ -158,6 +179,15 @@ def test_a_detector_is_bound_to_its_weights(checkpoint: Path, tmp_path: Path) ->
     shutil.copy(checkpoint / "model.safetensors", path)
     with pytest.raises(CheckpointError, match="was fitted to weights"):
         load_detector(opened)
+    damages: list[dict[str, Any]] = [
+        {"rest": 0.0},
+        {"threshold": np.nan},
+        {"directions": np.eye(5, dtype=np.float32)},
+    ]
+    for bad in damages:
+        path.write_bytes(replace(detector, **bad).to_bytes(opened.config.weights_sha256))
+        with pytest.raises(CheckpointError, match=r"holds .*expected finite means"):
+            load_detector(opened)
 
 
 @pytest.mark.parametrize("bad", [b"junk", None])

@@ -78,6 +78,17 @@ CONSOLE_LOG = "console.log"
 LOG_NAMES = (CONSOLE_LOG, EXPORTER_LOG, *(f"{name}.log" for name in _LOG_FILES))
 
 
+# Java's second compiler takes whole cores for the first minutes, which without a GPU the model
+# wants. But it halves the time that a request spends in Java: so it begins later, eight times its
+# usual thresholds, with what is really called often.
+_SECOND_COMPILER = (
+    "-XX:Tier4InvocationThreshold=40000",
+    "-XX:Tier4MinInvocationThreshold=4800",
+    "-XX:Tier4CompileThreshold=120000",
+    "-XX:Tier4BackEdgeThreshold=320000",
+)
+
+
 @dataclass(frozen=True)
 class Settings:
     """What ``mambamic serve`` was asked for.
@@ -287,9 +298,7 @@ def command(
     return [
         str(java.executable),
         *java.options(),
-        # Java's second compiler takes whole cores for the first minutes. Without a GPU the model
-        # wants them, and there are few requests a second that it could make faster.
-        *([] if _gpus_for(settings.device) else ["-XX:TieredStopAtLevel=1"]),
+        *([] if _gpus_for(settings.device) else _SECOND_COMPILER),
         "-Xms64m",
         f"-Xmx{heap}m",
         f"-XX:MaxDirectMemorySize={heap}m",
