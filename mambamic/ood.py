@@ -28,7 +28,7 @@ _SHRINKAGE = 0.1  # towards a sphere: there are hardly more images than channels
 _FOLDS = 5
 # Beyond them a spread of a thousand images tells chance; and a server reads all of them for every
 # image, which from memory takes as long as the rest of an answer.
-_DIRECTIONS = 128
+_DIRECTIONS = 64
 _SHAPES = {"means": 2, "directions": 2, "rest": 1, "threshold": 1}
 _WEIGHTS = "weights_sha256"
 _AGAIN = "fit the detector anew by: mambamic ood CHECKPOINT DATA"
