@@ -18,7 +18,7 @@ from mambamic.handlers.explanations import MAX_IMAGES, Explainer
 from mambamic.handlers.parts import Part
 from mambamic.handlers.requests import EXPLAIN_SETTINGS, read_request
 
-from .test_handlers_service import Fields, Worker, as_sent, model_dir, packed, png
+from .handler_workers import Fields, Worker, as_sent, model_dir, packed, png
 
 __all__ = ["model_dir"]  # a fixture
 

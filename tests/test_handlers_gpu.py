@@ -15,8 +15,8 @@ from mambamic import Classifier
 from mambamic.handlers import gpu
 from mambamic.handlers.metrics import _Gpu
 
+from .handler_workers import Worker, as_sent, before_the_network, model_dir, png, worker
 from .test_handlers_metrics import Recorded
-from .test_handlers_service import Worker, as_sent, before_the_network, model_dir, png, worker
 
 __all__ = ["model_dir", "worker"]
 

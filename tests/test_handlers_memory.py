@@ -12,7 +12,7 @@ import torch
 from loadtest.images import cells, zipped
 from mambamic.export.archive import write_archive
 
-from .test_handlers_service import Worker, as_sent
+from .handler_workers import Worker, as_sent
 
 pytestmark = pytest.mark.gpu
 TILES = 64  # a part, and twice the largest batch that is warmed up

@@ -1,112 +1,33 @@
 from __future__ import annotations
 
 import io
-import json
 import time
 import tracemalloc
 import zipfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import yaml
 from PIL import Image
-from ts.context import Context
-from ts.service import Service
 
 from mambamic import Classifier
 from mambamic.engine import TorchEngine
-from mambamic.errors import CheckpointError, UsageError
-from mambamic.export.archive import write_archive
 from mambamic.handlers.gate import VARIABLE, Gate
-from mambamic.handlers.service import ImageClassifier
 from mambamic.prediction import Prediction
 
+from .handler_workers import (
+    Worker,
+    as_sent,
+    before_the_network,
+    model_dir,
+    packed,
+    png,
+    worker,
+)
 from .random_checkpoint import CLASSES
 
-Fields = list[tuple[str, str, bytes]]
-
-
-def png(seed: int) -> bytes:
-    pixels = np.random.default_rng(seed).integers(0, 256, (80, 64, 3), np.uint8)
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def packed(files: dict[str, bytes]) -> bytes:
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w") as archive:
-        for name, content in files.items():
-            archive.writestr(name, content)
-    return buffer.getvalue()
-
-
-def as_sent(fields: Fields, headers: dict[str, str] | None = None) -> dict[str, Any]:
-    """What TorchServe's worker reads from its socket for one request."""
-    return {
-        "requestId": b"id",
-        "headers": [
-            {"name": name.encode(), "value": value.encode()}
-            for name, value in (headers or {}).items()
-        ],
-        "parameters": [
-            {"name": name, "contentType": content_type, "value": bytearray(value)}
-            for name, content_type, value in fields
-        ],
-    }
-
-
-class Worker:
-    """The handler with TorchServe's own context and request parsing around it."""
-
-    def __init__(self, model_dir: Path, gpu: int | None = None, **settings: object) -> None:
-        manifest = json.loads((model_dir / "MAR-INF" / "MANIFEST.json").read_text())
-        config = yaml.safe_load((model_dir / "model-config.yaml").read_text()) | settings
-        self.context = Context(
-            "cells", str(model_dir), manifest, 32, gpu, "0.12.0", model_yaml_config=config
-        )
-        self.handler = ImageClassifier()
-        self.handler.initialize(self.context)
-
-    def answer(self, *requests: dict[str, Any]) -> list[tuple[int, Any]]:
-        processors, inputs, _ = Service.retrieve_data_for_inference(list(requests))
-        self.context.request_processor = processors
-        bodies = self.handler.handle(inputs, self.context)
-        assert len(bodies) == len(requests)
-        for index in range(len(requests)):
-            assert self.context.get_response_content_type(index) == "application/json"
-        return [
-            (self.context.get_response_status(index)[0], json.loads(body))
-            for index, body in enumerate(bodies)
-        ]
-
-    def answer_one(self, fields: Fields) -> tuple[int, Any]:
-        return self.answer(as_sent(fields))[0]
-
-
-@pytest.fixture(scope="module")
-def model_dir(random_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("unpacked")
-    archive = write_archive(
-        random_checkpoint, folder.parent / "cells.mar", model_name="cells", version="2.1"
-    )
-    with zipfile.ZipFile(archive) as packed_model:
-        packed_model.extractall(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def worker(model_dir: Path) -> Iterator[Worker]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv(VARIABLE, raising=False)
-        made = Worker(model_dir)
-    yield made
-    made.handler.close()
+__all__ = ["model_dir", "worker"]  # fixtures
 
 
 def test_one_image_gets_the_answer_of_the_library(worker: Worker, random_checkpoint: Path) -> None:
@@ -187,24 +108,6 @@ def test_what_came_by_the_port_of_predictions_is_not_answered_with_versions(
     assert empty[0] == 400
     assert image[0] == 200
     assert "label" in image[1]
-
-
-@contextmanager
-def before_the_network(worker: Worker, work: Callable[[torch.Tensor], None]) -> Iterator[None]:
-    """Call something with each batch of pixels that goes into the network."""
-    engine = worker.handler._classifier._engine
-    assert isinstance(engine, TorchEngine)
-    network = engine.network
-
-    def both(pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        work(pixels)
-        return network(pixels)
-
-    engine.network = both
-    try:
-        yield
-    finally:
-        engine.network = network
 
 
 @pytest.mark.parametrize(("largest", "answered"), [(4, 200), (3, 500)])
@@ -349,65 +252,6 @@ def test_a_stopping_server_refuses(
         assert (status, body["error"]["code"]) == (503, "unavailable")
     finally:
         worker.handler.close()
-
-
-@pytest.mark.parametrize("version", ["0.0.9", "0.99.0", "1.0.0"])
-def test_an_archive_of_another_version_is_refused(
-    model_dir: Path, version: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("mambamic.handlers.service.__version__", "0.1.7")
-    with pytest.raises(CheckpointError, match=version):
-        _initialize(model_dir, {"version": version})
-
-
-@pytest.mark.parametrize("section", [None, {}, "0.1.0"])
-def test_an_archive_without_a_version_is_refused(model_dir: Path, section: object) -> None:
-    with pytest.raises(CheckpointError, match="mambamic archive"):
-        _initialize(model_dir, section)
-
-
-@pytest.mark.parametrize("decoders", [-1, "4", 1.5, True])
-def test_decoders_must_be_a_number(model_dir: Path, decoders: object) -> None:
-    with pytest.raises(UsageError, match="decoders"):
-        _initialize(model_dir, {"version": "0.1.0", "decoders": decoders})
-
-
-def test_tiles_are_decoded_in_processes_where_asked_for(model_dir: Path) -> None:
-    config = {"version": _written_version(model_dir), "decoders": 1}
-    context = Context(
-        "cells",
-        str(model_dir),
-        {"model": {}},
-        32,
-        None,
-        "0",
-        model_yaml_config={"mambamic": config},
-    )
-    handler = ImageClassifier()
-    handler.initialize(context)
-    try:
-        processors, inputs, _ = Service.retrieve_data_for_inference(
-            [as_sent([("image", "image/png", png(1))]), as_sent([("image", "", b"junk")])]
-        )
-        context.request_processor = processors
-        good, bad = (json.loads(body) for body in handler.handle(inputs, context))
-        assert good["label"] in CLASSES
-        assert bad["error"]["code"] == "decode_failed"
-    finally:
-        handler.close()
-
-
-def _written_version(model_dir: Path) -> str:
-    config = yaml.safe_load((model_dir / "model-config.yaml").read_text())
-    return str(config["mambamic"]["version"])
-
-
-def _initialize(model_dir: Path, section: object) -> None:
-    config = {"mambamic": section}
-    context = Context(
-        "cells", str(model_dir), {"model": {}}, 1, None, "0", model_yaml_config=config
-    )
-    ImageClassifier().initialize(context)
 
 
 def test_an_embedding_comes_where_it_is_asked_for(worker: Worker) -> None:

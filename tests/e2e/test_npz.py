@@ -20,7 +20,7 @@ from mambamic import Classifier
 from mambamic.checkpoint import load_checkpoint
 from mambamic.cli import main
 
-from ..test_handlers_service import Worker
+from ..handler_workers import Worker
 from .servers import ROOT
 
 CLASSES = 8
