@@ -10,7 +10,6 @@ so that a checkpoint without one is what it always was.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -67,19 +66,14 @@ class Detector:
 
     def distances(self, embeddings: Embeddings) -> NDArray[np.float64]:
         """Return the Mahalanobis distance from the nearest mean, (B,), of embeddings (B, C)."""
-        # In float32, which is exact to four digits: a server does this for every image.
-        rows = embeddings.astype(np.float32, copy=False)
-        apart = rows[:, np.newaxis] - self.means
-        along = (rows @ self.directions)[:, np.newaxis] - self._centres
+        # In float32, as a server does this for every image. Differences are projected, and not
+        # embeddings and means, whose projections are long and nearly the same.
+        apart = embeddings.astype(np.float32, copy=False)[:, np.newaxis] - self.means
+        along = apart @ self.directions
         squares = np.einsum("bkc,bkc->bk", apart, apart) / self.rest
         squares -= np.einsum("bkd,bkd->bk", along, along)
         nearest: NDArray[np.float64] = np.sqrt(squares.min(axis=1).clip(0).astype(np.float64))
         return nearest
-
-    @cached_property
-    def _centres(self) -> NDArray[np.float32]:
-        centres: NDArray[np.float32] = self.means @ self.directions
-        return centres
 
     def to_bytes(self, weights_sha256: str) -> bytes:
         """Return the file of a detector, bound to the weights that it was fitted to."""
