@@ -232,7 +232,8 @@ def test_64_clients_each_get_the_answer_to_their_own_image(
     ]
     rows = np.array([[*one["probabilities"].values(), one["ood_score"]] for one in expected])
     apart = np.abs(rows[:, None] - rows[None]).max(2) + np.eye(64)
-    assert apart.min() > 1e-4, "two images that cannot be told apart"
+    # Four times what `check` lets pass.
+    assert apart.min() > 4e-5, "two images that cannot be told apart"
     with Load(server, images, clients=64, requests=2) as load:
         load.wait()
     assert len(load.of_image) == 128
