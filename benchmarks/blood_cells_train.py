@@ -1,8 +1,8 @@
-"""Train the runs of docs/results.md, one on each device at a time: teachers, then their learners.
+"""Train the runs of docs/results.md: teachers, then their learners, and other sizes.
 
-A run begins when its teachers are finished and a device is free. Each leaves RUNS/NAME and
-RUNS/NAME.log; the same call goes on with what is not finished. Options that are not known here go
-to every ``mambamic train``.
+As many at a time as there are devices; where fewer are left, each has several. Every run leaves
+RUNS/NAME and RUNS/NAME.log; the same call goes on with what is not finished. Options that are not
+known here go to every ``mambamic train``.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ import os
 import subprocess
 import sys
 import tarfile
-import threading
 import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -41,91 +42,94 @@ class Task:
 
 _TEACHERS = (Task("mambamic_t", 10), Task("medmamba_t", 0))
 _TAUGHT = tuple(Task("mambamic_t", seed, tuple(t.name for t in _TEACHERS)) for seed in range(3))
-TASKS = (*_TEACHERS, *_TAUGHT, Task("mambamic_s", 0), Task("mambamic_b", 0))
+# Those of one round do not need one another.
+ROUNDS = (_TEACHERS, _TAUGHT, (Task("mambamic_s", 0), Task("mambamic_b", 0)))
 
 
-class Queue:
-    """The runs, and what became of them.
+@dataclass(frozen=True)
+class Place:
+    """Where a run goes on.
+
+    Args:
+        devices: Numbers of GPUs; none for the CPU.
+        cores: Reading images would take all.
+    """
+
+    devices: tuple[int, ...]
+    cores: tuple[int, ...]
+
+
+def at_once(tasks: Sequence[Task], devices: int) -> Iterator[list[tuple[Task, Place]]]:
+    """Split the runs of a round into those that go on at the same time, and the machine among them.
+
+    Args:
+        tasks: The runs.
+        devices: GPUs; 0 for the CPU alone.
+    """
+    cores = sorted(os.sched_getaffinity(0))
+    most = max(1, devices)
+    for first in range(0, len(tasks), most):
+        group = tasks[first : first + most]
+        gpus, each = devices // len(group), max(1, usable_cpus() // len(group))
+        yield [
+            (
+                task,
+                Place(
+                    tuple(range(k * gpus, (k + 1) * gpus)),
+                    tuple(cores[k * each : (k + 1) * each] or cores),
+                ),
+            )
+            for k, task in enumerate(group)
+        ]
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """Trains runs.
 
     Args:
         data: The images.
         runs: A folder for each run.
         others: Checkpoints that teach beside the runs.
-        devices: How many share the work; 0 for the CPU alone.
         more: Options for each run.
         archives: Where the checkpoint and the logs of a finished run go as NAME.tar, if anywhere.
     """
 
-    def __init__(
-        self, data: Path, runs: Path, others: list[Path], devices: int, more: list[str],
-        archives: Path | None,
-    ) -> None:  # fmt: skip
-        self._data, self._runs, self._others, self._more = data, runs, others, more
-        self._devices, self._archives = devices, archives
-        self._waiting = list(TASKS)
-        self._ended: dict[str, bool] = {}
-        self._changed = threading.Condition()
+    data: Path
+    runs: Path
+    others: list[Path]
+    more: list[str]
+    archives: Path | None
 
-    def run(self) -> bool:
-        """Do all that can be done; return whether that was everything."""
-        self._runs.mkdir(parents=True, exist_ok=True)
-        threads = [
-            threading.Thread(target=self._work, args=(device,))
-            for device in range(max(1, self._devices))
-        ]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        return len(self._ended) == len(TASKS) and all(self._ended.values())
-
-    def _work(self, device: int) -> None:
-        os.sched_setaffinity(0, self._cores(device))  # of this thread and what it starts
-        while (task := self._next()) is not None:
-            well = self._train(task, device)
-            with self._changed:
-                self._ended[task.name] = well
-                self._changed.notify_all()
-
-    def _next(self) -> Task | None:
-        """Return the first run that can begin, as soon as there is one; None where none will."""
-        with self._changed:
-            while self._waiting:
-                lost = {name for name, well in self._ended.items() if not well}
-                self._waiting = [t for t in self._waiting if not lost & set(t.teachers)]
-                for task in self._waiting:
-                    if all(name in self._ended for name in task.teachers):
-                        self._waiting.remove(task)
-                        return task
-                self._changed.wait(1)
-            return None
-
-    def _train(self, task: Task, device: int) -> bool:
-        out = self._runs / task.name
-        call = [sys.executable, "-m", "mambamic", "train", str(self._data), "--out", str(out)]
-        call += ["--arch", task.architecture, "--seed", str(task.seed), *self._more]
+    def train(self, task: Task, place: Place) -> bool:
+        """Train one run, and return whether it came to its end."""
+        out = self.runs / task.name
+        call = [sys.executable, "-m", "mambamic", "train", str(self.data), "--out", str(out)]
+        call += ["--arch", task.architecture, "--seed", str(task.seed), *self.more]
+        call += ["--devices", str(max(1, len(place.devices)))]
         if task.teachers:
-            checkpoints = [self._runs / name / RESULT for name in task.teachers]
-            call += ["--teachers", *map(str, [*checkpoints, *self._others])]
+            checkpoints = [self.runs / name / RESULT for name in task.teachers]
+            call += ["--teachers", *map(str, [*checkpoints, *self.others])]
+        gpus = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, place.devices))}
+        environment = {**os.environ, "PYTHONUNBUFFERED": "1", **(gpus if place.devices else {})}
+        os.sched_setaffinity(0, place.cores)  # of this thread and what it starts
         begun = time.monotonic()
         with out.with_suffix(".log").open("a") as log:
-            ended = subprocess.run(
-                call, stdout=log, stderr=log, env=self._environment(device)
-            ).returncode
+            ended = subprocess.run(call, stdout=log, stderr=log, env=environment).returncode
         print(f"{task.name}: status {ended} after {time.monotonic() - begun:.0f} s", flush=True)
-        if ended == 0 and self._archives is not None:
-            _archive(out, self._archives)
+        if ended == 0 and self.archives is not None:
+            _archive(out, self.archives)
         return ended == 0
 
-    def _environment(self, device: int) -> dict[str, str]:
-        seen = {"CUDA_VISIBLE_DEVICES": str(device)} if self._devices else {}
-        return {**os.environ, "PYTHONUNBUFFERED": "1", **seen}
-
-    def _cores(self, device: int) -> set[int]:
-        """Return a part of the processor for each device: reading images would take all."""
-        cores = sorted(os.sched_getaffinity(0))
-        each = max(1, usable_cpus() // max(1, self._devices))
-        return set(cores[device * each : (device + 1) * each]) or set(cores)
+    def train_all(self, devices: int) -> bool:
+        """Train all runs, up to a group in which one fails; return whether none did."""
+        self.runs.mkdir(parents=True, exist_ok=True)
+        for tasks in ROUNDS:
+            for group in at_once(tasks, devices):
+                with ThreadPoolExecutor(len(group)) as pool:
+                    if not all(list(pool.map(self.train, *zip(*group, strict=True)))):
+                        return False
+        return True
 
 
 def _archive(run: Path, folder: Path) -> None:
@@ -149,8 +153,8 @@ def main() -> int:
     parser.add_argument("--devices", type=int, default=torch.cuda.device_count())
     parser.add_argument("--archives", type=Path, help="for a NAME.tar of each finished run")
     args, more = parser.parse_known_args()
-    given = (args.data, args.runs, args.teachers, args.devices, more, args.archives)
-    return 0 if Queue(*given).run() else 1
+    trainer = Trainer(args.data, args.runs, args.teachers, more, args.archives)
+    return 0 if trainer.train_all(args.devices) else 1
 
 
 if __name__ == "__main__":

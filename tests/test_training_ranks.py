@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
 import time
 from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
 import psutil
 import pytest
+import pytorch_lightning as pl
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from mambamic.errors import DataError, TrainingError
 from mambamic.training.augment import Augmentation
@@ -48,14 +51,14 @@ def images() -> Split:
     return Split(pixels, torch.arange(18) % 2, ("bright", "dark"))
 
 
-def train_linear(out: Path, share: Share) -> None:
+def train_linear(out: Path, share: Share, clock: Progress | None = None) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(48, 2))
     augmentation = Augmentation((0.5,) * 3, (0.5,) * 3, share=share)
     module = TrainingModule(model, augmentation, RECIPE, torch.tensor([0.5, 1.5]))
     # An odd number to validate: the shares differ in size.
     val = Split(images().pixels[:13], images().labels[:13], images().classes)
-    fit(out, module, Progress(share.ranks), images(), val, progress=False)
+    fit(out, module, clock or Progress(share.ranks), images(), val, progress=False)
     torch.save(dict(module.state_dict()), out / f"rank_{share.rank}.pt")
 
 
@@ -74,6 +77,40 @@ def test_several_devices_do_what_one_does(tmp_path: Path) -> None:
     scores = [read_scores(tmp_path / name) for name in ("one", "two")]
     assert scores[1] == pytest.approx(scores[0], rel=1e-5)
     assert sorted(path.name for path in (tmp_path / "two/log").iterdir()) == ["version_0"]
+
+
+def count_broadcasts(out: Path, share: Share) -> None:
+    (out / f"{share.rank}").mkdir()
+    with patch.object(distributed, "broadcast", wraps=distributed.broadcast) as broadcast:
+        train_linear(out / f"{share.rank}", share)
+    (out / f"broadcasts_{share.rank}").write_text(str(broadcast.call_count))
+
+
+def test_no_step_waits_to_hear_whether_another_process_stops(tmp_path: Path) -> None:
+    """It would hold up the host, and thereby each device."""
+    run_ranks(partial(count_broadcasts, tmp_path), 2, "cpu")
+    steps = 3 * (18 // 4)
+    assert all(int((tmp_path / f"broadcasts_{rank}").read_text()) < steps for rank in range(2))
+
+
+class _Stopped(Progress):
+    """Is told to stop in the second epoch, alone."""
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        super().on_train_epoch_start(trainer, module)
+        if trainer.current_epoch == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def train_and_stop_one(out: Path, share: Share) -> None:
+    train_linear(out, share, (_Stopped if share.rank else Progress)(share.ranks))
+
+
+def test_one_that_is_told_to_stop_ends_all(tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match="ended with status -15"):
+        run_ranks(partial(train_and_stop_one, tmp_path), 2, "cpu")
+    state = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    assert state["epoch"] == 0
 
 
 def read_scores(out: Path) -> list[float]:

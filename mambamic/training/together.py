@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import signal
+
+import pytorch_lightning as pl
 from lightning_fabric.plugins.environments.lightning import LightningEnvironment
 from pytorch_lightning.strategies import DDPStrategy
 
@@ -45,5 +48,23 @@ class Together(DDPStrategy):
         """Tell Lightning the ranks; the processes have met already."""
         self.set_world_ranks()
 
+    def setup(self, trainer: pl.Trainer) -> None:
+        """Let no process ask the others before every step whether one was told to stop.
+
+        Lightning waits for the answer: each device would be idle while its host prepares the next
+        step, which takes as long as a third of the step itself.
+        """
+        super().setup(trainer)
+        trainer.fit_loop.epoch_loop.__dict__["_broadcast_sigterm_tensor"] = _nobody_asks
+
+    def on_train_start(self) -> None:
+        """End at once when told to stop, whatever the others do: the parent then ends them all."""
+        super().on_train_start()
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
     def configure_ddp(self) -> None:
         """Leave the model unwrapped."""
+
+
+def _nobody_asks() -> None:
+    pass
