@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from mambamic.errors import BackendError, ShapeError, UsageError
+from mambamic.kernels.reference import narrowed
 
 LEVEL_VARIABLE = "MAMBAMIC_CPU_SIMD"
 LEVELS = ("baseline", "avx2", "avx512")
@@ -303,7 +304,7 @@ def forward(
     call = _Call(x, projections, dt_weight, dt_bias, A, skip)
     y = call.point("y", torch.empty(x.shape))
     call.run("scan2d_forward")
-    return y.to(x.dtype)
+    return narrowed(y, x.dtype)
 
 
 def _sum_in_order(parts: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from mambamic.kernels import cuda
-from mambamic.kernels.reference import cross_merge, cross_scan
+from mambamic.kernels.reference import cross_merge, cross_scan, narrowed
 
 _CHUNK = 2048  # positions between two of the states that the kernel keeps for its backward pass
 _BUILD = (
@@ -82,7 +82,7 @@ def forward(
     inputs, _ = _sequences(x, projections, dt_weight, dt_bias, A, skip)
     y, states = _kernel().fwd(*inputs[:6], None, inputs[6], True)
     merged = cross_merge(_channels_last(y, dt_weight.shape[0]), *x.shape[1:3])
-    return merged.to(x.dtype).contiguous(), states if keep else states.new_empty(0)
+    return narrowed(merged, x.dtype).contiguous(), states if keep else states.new_empty(0)
 
 
 def backward(

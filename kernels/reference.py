@@ -48,6 +48,18 @@ def cross_merge(sequences: Tensor, height: int, width: int) -> Tensor:
     return rows + columns.transpose(1, 2)
 
 
+def narrowed(y: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return sums in another dtype; what float16 cannot hold becomes its largest, not infinity.
+
+    It happens to a trained MedMamba with rare images, and infinity is no number after the norm that
+    follows.
+    """
+    if dtype == torch.float16:
+        most = torch.finfo(dtype).max
+        y = y.clamp(-most, most)
+    return y.to(dtype)
+
+
 def selective_scan_2d(
     x: Tensor, projections: Tensor, dt_weight: Tensor, dt_bias: Tensor, A: Tensor, skip: Tensor
 ) -> Tensor:
@@ -66,8 +78,8 @@ def selective_scan_2d(
         skip: (K, D).
 
     Returns:
-        (B, H, W, D) in the dtype of ``x``. Float64 input is computed in float64, any other in
-        float32.
+        (B, H, W, D) in the dtype of ``x``, as ``narrowed`` has it. Float64 input is computed in
+        float64, any other in float32.
     """
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     n_directions, d_inner, rank = dt_weight.shape
@@ -86,4 +98,4 @@ def selective_scan_2d(
         state = decay_l * state + drive_l
         outputs.append(torch.einsum("bkdn,bkn->bkd", state, c_l))
     y = torch.stack(outputs, dim=2) + skip.to(dtype)[:, None] * u
-    return cross_merge(y, height, width).to(x.dtype)
+    return narrowed(cross_merge(y, height, width), x.dtype)

@@ -88,7 +88,8 @@ def selective_scan_2d(
         backend: One of ``SCAN_BACKENDS``.
 
     Returns:
-        (B, H, W, D) in the dtype of ``x``; states are float32 (float64 in the reference).
+        (B, H, W, D) in the dtype of ``x``, where float16 is finite: what it cannot hold becomes
+        its largest. States are float32 (float64 in the reference).
 
     Raises:
         ShapeError: The shapes do not fit together.

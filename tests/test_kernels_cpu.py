@@ -110,6 +110,14 @@ def test_half_precision_is_rounded_once(dtype: torch.dtype) -> None:
         assert error(grad, expected) < TOLERANCE[dtype], name
 
 
+def test_what_float16_cannot_hold_becomes_its_largest() -> None:
+    x, projections, dt_weight, dt_bias, A, skip = inputs(1, 7, 7, 24, 2, 16)
+    tensors = (x.half(), projections.half(), dt_weight, dt_bias, A, skip.sign() * 1e5)
+    found, expected = cpu.forward(*tensors), reference.selective_scan_2d(*tensors)
+    assert int((expected.abs() == 65504).sum()) > 100
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=0.5)
+
+
 def test_each_gradient_has_the_dtype_of_its_input() -> None:
     x, projections, *parameters = inputs(1, 7, 7, 24, 2, 16)
     mixed = (x.half(), projections.half(), *parameters)

@@ -201,6 +201,22 @@ def test_extreme_steps_stay_finite() -> None:
             assert torch.isfinite(tensor.grad).all()
 
 
+@pytest.mark.parametrize("batch", [1, 300], ids=["in chunks", "whole"])
+@pytest.mark.parametrize("d", [24, 20], ids=["aligned", "not aligned"])
+@pytest.mark.parametrize("shape", [(14, 14), (28, 28)], ids=["shared", "global"])
+def test_what_float16_cannot_hold_becomes_its_largest(
+    shape: tuple[int, int], d: int, batch: int
+) -> None:
+    x, projections, *weights, skip = make(batch, shape, d, 1, torch.float16)
+    weights += [skip.sign() * 1e5]
+    expected = reference.selective_scan_2d(x, projections, *weights)
+    assert int((expected.abs() == 65504).sum()) > 100
+    trained = cuda.forward(x, projections, *weights, keep=True)[0]
+    found = cuda.scan_inference(x, pack(projections), cuda.ScanWeights.of(*weights))
+    for y in (trained, found):
+        torch.testing.assert_close(y, expected, rtol=1e-3, atol=0.5)
+
+
 def test_can_be_captured_in_a_graph() -> None:
     inputs = make(2, (14, 14), 48, 2, torch.float16)
     expected = selective_scan_2d(*inputs)  # compiles, which a capture must not do

@@ -130,6 +130,17 @@ def test_other_dtypes_are_computed_in_float32(dtype: torch.dtype, tolerance: flo
     assert (found.double() - exact).abs().max() < tolerance * exact.abs().max()
 
 
+def test_what_float16_cannot_hold_becomes_its_largest() -> None:
+    x, projections, dt_weight, dt_bias, A, skip = tensors(2, 4, 5, 3, 2, 4)
+    steep = (dt_weight, dt_bias, A, skip.sign() * 1e5)
+    half = reference.selective_scan_2d(x.half(), projections.half(), *steep)
+    whole = reference.selective_scan_2d(x.half().double(), projections.half().double(), *steep)
+    assert whole.abs().max() > 65504
+    torch.testing.assert_close(half, whole.clamp(-65504, 65504).half(), rtol=1e-3, atol=0.5)
+    lost = reference.narrowed(torch.tensor([float("nan")]), torch.float16)
+    assert lost.isnan().all()
+
+
 def test_images_of_a_batch_do_not_meet() -> None:
     x, projections, *parameters = tensors(3, 3, 4, 2, 1, 2)
     together = reference.selective_scan_2d(x, projections, *parameters)

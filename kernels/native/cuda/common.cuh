@@ -43,6 +43,15 @@ __device__ __forceinline__ elem from_float(float v) {  // round to nearest even,
 }
 #endif
 
+// A sum as it is stored. What float16 cannot hold, as happens to a trained MedMamba with rare images,
+// becomes its largest: infinity would be no number after the norm that follows.
+__device__ __forceinline__ elem narrowed(float v) {
+#if DTYPE == 1
+    if (fabsf(v) > 65504.f) v = copysignf(65504.f, v);
+#endif
+    return from_float(v);
+}
+
 #define LOG2E 1.4426950408889634f
 
 __device__ __forceinline__ float exp2_fast(float v) {

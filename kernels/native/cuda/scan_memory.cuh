@@ -95,7 +95,7 @@ __device__ __forceinline__ void store_out(elem* at, float4 v, int channels) {
 #if DTYPE == 0
     store_sum(at, v, channels);
 #else
-    const elem out[4] = {from_float(v.x), from_float(v.y), from_float(v.z), from_float(v.w)};
+    const elem out[4] = {narrowed(v.x), narrowed(v.y), narrowed(v.z), narrowed(v.w)};
 #if ALIGNED
     *(uint2*)at = make_uint2(out[0] | (unsigned)out[1] << 16, out[2] | (unsigned)out[3] << 16);
 #else

@@ -39,5 +39,5 @@ scan_merge(const elem* __restrict__ x, const float* __restrict__ skip,
     sum += partial[i + 2 * (long long)values];
     sum += partial[i + (long long)values];
     sum += partial[i + 3 * (long long)values];
-    y[i] = from_float(sum);
+    y[i] = narrowed(sum);
 }
