@@ -18,9 +18,11 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from benchmarks.common import write
 from benchmarks.peers import faults
@@ -57,14 +59,17 @@ def speed(
 
 @contextmanager
 def _stopped(servers: Sequence[Running]) -> Iterator[None]:
+    # One may be gone already: TorchServe starts a process every minute that looks at the machine.
     processes = [process for server in servers for process in server.family()]
     for process in processes:
-        process.suspend()
+        with suppress(psutil.Error):
+            process.suspend()
     try:
         yield
     finally:
         for process in processes:
-            process.resume()
+            with suppress(psutil.Error):
+                process.resume()
 
 
 def summary(rows: Sequence[Row]) -> list[Row]:

@@ -78,14 +78,20 @@ CONSOLE_LOG = "console.log"
 LOG_NAMES = (CONSOLE_LOG, EXPORTER_LOG, *(f"{name}.log" for name in _LOG_FILES))
 
 
-# Java's second compiler takes whole cores for the first minutes, which without a GPU the model
-# wants. But without it a lone request of a model that takes no time needs 1.5 ms and not 1.0: so it
-# begins later, at eight times its usual thresholds, with what is really called often.
-_SECOND_COMPILER = (
+# Without a GPU the model wants the cores that Java takes beside requests. Its second compiler takes
+# whole ones for the first minutes, but without it a lone request of a model that takes no time
+# needs 1.5 ms and not 1.0: so it begins later, at eight times its usual thresholds, with what is
+# really called often. Both compile with what is left over. The collector of one thread has no work
+# of its own between its pauses, of which a small heap makes little.
+_BESIDE_A_MODEL = (
     "-XX:Tier4InvocationThreshold=40000",
     "-XX:Tier4MinInvocationThreshold=4800",
     "-XX:Tier4CompileThreshold=120000",
     "-XX:Tier4BackEdgeThreshold=320000",
+    "-XX:ThreadPriorityPolicy=1",
+    "-XX:CompilerThreadPriority=19",
+    "-XX:-PrintWarnings",  # that a user may not raise a priority, which nobody asks for
+    "-XX:+UseSerialGC",
 )
 
 
@@ -298,7 +304,7 @@ def command(
     return [
         str(java.executable),
         *java.options(),
-        *([] if _gpus_for(settings.device) else _SECOND_COMPILER),
+        *([] if _gpus_for(settings.device) else _BESIDE_A_MODEL),
         "-Xms64m",
         f"-Xmx{heap}m",
         f"-XX:MaxDirectMemorySize={heap}m",

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 import socket
 import subprocess
 import zipfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +72,20 @@ def test_the_start_ends_with_a_printed_prediction(server: RunningServer) -> None
     print(summary)
     # A test machine may be busy; alone it is to be 20 s.
     assert float(seconds.group(1)) < 60, f"the first answer took {seconds.group(1)} s, not 20"
+
+
+def test_java_compiles_with_what_the_model_leaves(server: RunningServer) -> None:
+    record = server.folder.read()
+    assert record is not None
+    nice = {}
+    for task in Path(f"/proc/{record.pid}/task").iterdir():
+        with suppress(FileNotFoundError, ProcessLookupError):  # Java ends idle threads
+            name = (task / "comm").read_text().strip()
+            nice[name] = os.getpriority(os.PRIO_PROCESS, int(task.name))
+    compilers = {name for name in nice if "CompilerThre" in name}
+    assert compilers
+    assert {nice[name] for name in compilers} == {19}
+    assert {nice[name] for name in nice.keys() - compilers if name.startswith("epoll")} == {0}
 
 
 def test_the_printed_command_works(
