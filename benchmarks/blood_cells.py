@@ -1,7 +1,8 @@
-"""Evaluate the runs of a training campaign on blood cells, and write docs/results.md's table.
+"""Evaluate the runs of a training campaign on blood cells, for docs/results.md's table.
 
 RUNS holds a folder for each ``mambamic train``, named as it will be in the table. Each checkpoint
-gets its temperature from the validation images, then sees the test images once.
+gets its temperature from the validation images, then sees the test images once. What the file of
+results says of other runs stays.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from benchmarks.common import write
 from benchmarks.table import ROOT
@@ -30,8 +30,8 @@ _TRAINED = ("seed", "epochs", "best_epoch", "minutes", "images_per_second", "dev
 Row = dict[str, Any]
 
 
-def evaluated(run: Path, data: Path, split: str) -> tuple[Row, NDArray[np.bool_]]:
-    """Return what one run came to, and which images of the split it got right."""
+def evaluated(run: Path, data: Path, split: str) -> Row:
+    """Return what one run came to."""
     config = load_checkpoint(run / RESULT).config
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder, "evaluation")
@@ -41,9 +41,13 @@ def evaluated(run: Path, data: Path, split: str) -> tuple[Row, NDArray[np.bool_]
         )
         measured = json.loads((out / METRICS).read_text())
         with (out / PREDICTIONS).open(newline="") as file:
-            right = [row["true"] == row["predicted"] for row in csv.DictReader(file)]
+            wrong = [
+                place
+                for place, row in enumerate(csv.DictReader(file))
+                if row["true"] != row["predicted"]
+            ]
     calibration = measured["calibration"]
-    row = {
+    return {
         "run": run.name,
         "architecture": config.architecture,
         "teachers": len(config.metrics.get("teachers", ())),
@@ -54,12 +58,11 @@ def evaluated(run: Path, data: Path, split: str) -> tuple[Row, NDArray[np.bool_]
         "calibration_error_before": calibration["before"]["calibration_error"],
         "split": split,
         "images": measured["images"],
-        "right": sum(right),
+        "wrong": wrong,
         "overall": measured["overall"],
         "classes": {name: row["sensitivity"] for name, row in measured["classes"].items()},
         "curve": curve(run / LOG),
     }
-    return row, np.array(right)
 
 
 def curve(log: Path) -> list[float]:
@@ -73,13 +76,15 @@ def curve(log: Path) -> list[float]:
     return [found[epoch] for epoch in sorted(found)]
 
 
-def mean_of_seeds(rows: list[Row], right: list[NDArray[np.bool_]]) -> Row:
+def mean_of_seeds(rows: list[Row]) -> Row:
     """Return the means over runs that differ in their seed, accuracy with its 95 % interval.
 
     The interval is over images, of which all runs see the same: the middle of resamples of the
     share of seeds that are right, per image.
     """
-    share = np.mean(right, axis=0)
+    share = np.ones(rows[0]["images"])
+    for row in rows:
+        share[row["wrong"]] -= 1 / len(rows)
     drawn = np.random.default_rng(0).integers(len(share), size=(_RESAMPLES, len(share)))
     low, high = np.quantile(share[drawn].mean(1), (0.025, 0.975))
     return {
@@ -102,20 +107,16 @@ def main() -> None:
     parser.add_argument("--split", default="test")
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
-    results = {
-        run.name: evaluated(run, args.data, args.split)
-        for run in sorted(args.runs.iterdir())
-        if (run / RESULT).is_dir()
-    }
-    groups: dict[tuple[str, int], list[str]] = {}
-    for name, (row, _) in results.items():
-        groups.setdefault((row["architecture"], row["teachers"]), []).append(name)
-    means = [
-        mean_of_seeds([results[name][0] for name in names], [results[name][1] for name in names])
-        for names in groups.values()
-        if len(names) > 1
-    ]
-    write({"runs": [row for row, _ in results.values()], "means": means}, args.out)
+    runs = [run for run in sorted(args.runs.iterdir()) if (run / RESULT).is_dir()]
+    known = json.loads(args.out.read_text())["runs"] if args.out.exists() else []
+    found = {row["run"]: row for row in known}
+    found |= {run.name: evaluated(run, args.data, args.split) for run in runs}
+    rows = sorted(found.values(), key=lambda row: (row["architecture"], row["run"]))
+    groups: dict[tuple[str, int], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row["architecture"], row["teachers"]), []).append(row)
+    means = [mean_of_seeds(group) for group in groups.values() if len(group) > 1]
+    write({"runs": rows, "means": means}, args.out)
 
 
 if __name__ == "__main__":

@@ -40,10 +40,14 @@ class Task:
         object.__setattr__(self, "name", f"{self.architecture}_seed{self.seed}")
 
 
-_TEACHERS = (Task("mambamic_t", 10), Task("medmamba_t", 0))
-_TAUGHT = tuple(Task("mambamic_t", seed, tuple(t.name for t in _TEACHERS)) for seed in range(3))
-# Those of one round do not need one another.
-ROUNDS = (_TEACHERS, _TAUGHT, (Task("mambamic_s", 0), Task("mambamic_b", 0)))
+_TEACHER = Task("medmamba_t", 0)
+_TAUGHT = tuple(Task("mambamic_t", seed, (_TEACHER.name,)) for seed in range(3))
+# Those of one round do not need one another. Seed 10 shows what comes of it without teachers.
+ROUNDS = (
+    (_TEACHER, Task("mambamic_s", 0)),
+    _TAUGHT,
+    (Task("mambamic_t", 10), Task("mambamic_b", 0)),
+)
 
 
 @dataclass(frozen=True)

@@ -131,7 +131,7 @@ def test_the_cell_is_found_and_not_its_mirror_image(placed: Placed) -> None:
 
 def test_gradients_agree_with_occlusion_and_not_with_its_mirror_image(placed: Placed) -> None:
     agreement = rank_correlation(placed.occluded, placed.integrated)
-    assert agreement > 0.6
+    assert agreement > 0.5
     mirrored = np.ascontiguousarray(placed.integrated.T)
     assert rank_correlation(placed.occluded, mirrored) < agreement - 0.5
 

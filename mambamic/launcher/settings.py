@@ -81,8 +81,9 @@ LOG_NAMES = (CONSOLE_LOG, EXPORTER_LOG, *(f"{name}.log" for name in _LOG_FILES))
 # Without a GPU the model wants the cores that Java takes beside requests. Its second compiler takes
 # whole ones for the first minutes, but without it a lone request of a model that takes no time
 # needs 1.5 ms and not 1.0: so it begins later, at eight times its usual thresholds, with what is
-# really called often. Both compile with what is left over. The collector of one thread has no work
-# of its own between its pauses, of which a small heap makes little.
+# really called often. Both compile with what is left over; no other thread is before or behind the
+# model's, whoever the user is. The collector of one thread has no work of its own between its
+# pauses, of which a small heap makes little.
 _BESIDE_A_MODEL = (
     "-XX:Tier4InvocationThreshold=40000",
     "-XX:Tier4MinInvocationThreshold=4800",
@@ -90,6 +91,8 @@ _BESIDE_A_MODEL = (
     "-XX:Tier4BackEdgeThreshold=320000",
     "-XX:ThreadPriorityPolicy=1",
     "-XX:CompilerThreadPriority=19",
+    *(f"-XX:JavaPriority{above}_To_OSPriority=0" for above in range(6, 11)),
+    "-XX:+IgnoreUnrecognizedVMOptions",  # a later Java may lack one of these
     "-XX:-PrintWarnings",  # that a user may not raise a priority, which nobody asks for
     "-XX:+UseSerialGC",
 )
