@@ -13,8 +13,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- table: benchmarks/table.py -->", "<!-- end of table -->"
-_CPU = "two cores of a Xeon with AVX-512"
-_MACHINES = ((_CPU, "benchmark_cpu.json"), ("one NVIDIA H200", "benchmark_h200.json"))
+_MACHINES = ("benchmark_cpu.json", "benchmark_h200.json")
 TITLES = {
     f"{family}_{size}": f"{title}-{size.upper()}"
     for family, title in (("mambamic", "MambaMIC"), ("medmamba", "MedMamba"))
@@ -27,6 +26,14 @@ _SCANS = ([128, 4, 96, 3136], [128, 4, 768, 49])
 def _result(name: str) -> dict[str, Any]:
     loaded: dict[str, Any] = json.loads((ROOT / "benchmarks/results" / name).read_text())
     return loaded
+
+
+def _machine(result: dict[str, Any]) -> str:
+    """Return in words where something was measured."""
+    device = result["device"]
+    if "NVIDIA" in device:
+        return f"one {device}"
+    return f"two cores of {'an EPYC' if 'EPYC' in device else 'a Xeon'} with AVX-512"
 
 
 # What the README shows of a GPU; docs/benchmark.md has all of it.
@@ -49,7 +56,7 @@ def summary() -> str:
             f"MambaMIC-T, accuracy on {accuracy['images']:,} held-out blood cells",
             f"{100 * accuracy['accuracy']:.1f} % (95 % interval {low:.1f} to {high:.1f})",
             "",
-            f"{_CPU}, float32",
+            f"{_machine(accuracy)}, float32",
             "benchmarks/accuracy.py",
         )
     ]
@@ -102,8 +109,9 @@ def _percent(measured: dict[str, float]) -> str:
 def _measured_rows(only: set[tuple[str, str]] | None) -> list[tuple[str, ...]]:
     """Return what ``mambamic benchmark`` measured on each machine."""
     found: list[tuple[str, ...]] = []
-    for machine, name in _MACHINES:
-        rows = _result(name)["rows"]
+    for name in _MACHINES:
+        result = _result(name)
+        machine, rows = _machine(result), result["rows"]
         if only is not None:
             rows = [row for row in rows if (row.get("architecture"), row["part"]) in only]
         for what, value, published, dtype in _measured(rows):
