@@ -111,7 +111,9 @@ def main() -> None:
     known = json.loads(args.out.read_text())["runs"] if args.out.exists() else []
     found = {row["run"]: row for row in known}
     found |= {run.name: evaluated(run, args.data, args.split) for run in runs}
-    rows = sorted(found.values(), key=lambda row: (row["architecture"], row["run"]))
+    rows = sorted(
+        found.values(), key=lambda row: (row["architecture"], -row["teachers"], row["seed"])
+    )
     groups: dict[tuple[str, int], list[Row]] = {}
     for row in rows:
         groups.setdefault((row["architecture"], row["teachers"]), []).append(row)

@@ -58,7 +58,21 @@ def summary() -> str:
             "",
             f"{_machine(accuracy)}, float32",
             "benchmarks/accuracy.py",
-        )
+        ),
+        *(
+            (
+                f"the same, mean of {len(mean['seeds'])} such networks",
+                f"{100 * mean['accuracy']['value']:.1f} % (95 % interval "
+                f"{100 * mean['accuracy']['low']:.1f} to {100 * mean['accuracy']['high']:.1f}), "
+                f"AUC {mean['auc']['value']:.4f}, "
+                f"calibration error {100 * mean['calibration_error']['value']:.1f} %",
+                "",
+                f"{_machine(accuracy)}, float32",
+                "benchmarks/blood_cells.py",
+            )
+            for mean in _result("blood_cells.json")["means"]
+            if mean["architecture"] == "mambamic_t"
+        ),
     ]
     rows += _measured_rows(_FIRST)
     return _markdown(rows)

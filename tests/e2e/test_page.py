@@ -94,7 +94,7 @@ def test_a_cell_is_classified_and_explained(browser: WebDriver, running: Running
     assert text(browser, "label") == "neutrophil"
     rows = browser.find_elements(By.CSS_SELECTOR, "#classes tr")
     assert len(rows) == 8
-    assert rows[0].text.split() == ["neutrophil", "99.7", "%"]
+    assert rows[0].text.split() == ["neutrophil", "99.8", "%"]
     widths = [row.find_element(By.CLASS_NAME, "bar").size["width"] for row in rows]
     assert widths == sorted(widths, reverse=True)
     assert widths[0] > 5 * widths[1]
