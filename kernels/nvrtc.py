@@ -32,6 +32,13 @@ def missing_module() -> str | None:
     return None
 
 
+def prepare() -> None:
+    """Import what compiles, which takes 0.2 s, so that a first launch need not."""
+    from cuda.bindings import driver, nvrtc  # noqa: F401
+
+    _cache()
+
+
 @functools.cache
 def _cache() -> Any | None:
     """Return the on-disk cache of compiled programs, or None where it is not writable."""

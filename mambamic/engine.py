@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import threading
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -17,10 +18,10 @@ from mambamic.checkpoint import Checkpoint
 from mambamic.errors import BackendError, UsageError
 from mambamic.graph.cpu import CpuGraph
 from mambamic.graph.fold import inverse
-from mambamic.graph.gpu import GpuGraph
+from mambamic.graph.gpu import GpuGraph, opening_libraries
 from mambamic.graph.plain import forward
 from mambamic.graph.replay import Replay
-from mambamic.kernels import cpu
+from mambamic.kernels import cpu, nvrtc
 from mambamic.models import create_model, load_exactly, set_scan_backend
 from mambamic.models.mambamic import MambaMIC
 from mambamic.models.medmamba import MedMamba
@@ -54,7 +55,6 @@ class TorchEngine:
         config = checkpoint.config
         self.device = find_device(device)
         self.backend = kernels.resolve(backend, self.device)
-        model = read_model(checkpoint, self.backend)
         self.max_batch = _MAX_BATCH[self.device.type] if max_batch is None else max_batch
         self.dtype = _find_dtype(dtype, self.device)
         self._checkpoint, self._config = checkpoint, config
@@ -66,9 +66,13 @@ class TorchEngine:
         # Pixels are 0 to 255; one multiplication and one addition normalise them.
         mean, std = torch.tensor(config.mean) * 255, torch.tensor(config.std) * 255
         self._scale, self._shift = 1 / std, -mean / std
-        self.network = self._build(model)
+        on_gpu = self.device.type == "cuda"
+        with opening_libraries(self.device) if on_gpu else nullcontext():
+            self.network = self._build(read_model(checkpoint, self.backend))
+            if self.backend == "cuda":
+                nvrtc.prepare()
         self._replay: Replay | None = None
-        if self.fused and self.device.type == "cuda":
+        if self.fused and on_gpu:
             image = (config.input_size, config.input_size, 3)
             outputs = len(config.classes) + len(self._channels)
             self._replay = Replay(self._outputs, image, outputs, self.device, self.max_batch)

@@ -7,6 +7,7 @@ device has room. Nothing here waits for the device, so that a call can be captur
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -21,6 +22,27 @@ from mambamic.models.mambamic import N_CHUNKS, MambaMIC
 from mambamic.models.medmamba import MedMamba
 
 _VECTOR = 8  # the kernels move eight channels at once
+
+
+@contextmanager
+def opening_libraries(device: torch.device) -> Iterator[None]:
+    """Have another thread open the GPU, cuBLAS and cuDNN while the block runs.
+
+    Once in a process that takes half a second, in which the interpreter has nothing to do.
+    """
+    with ThreadPoolExecutor(1, "open-libraries") as pool:
+        opened = pool.submit(_open_libraries, device)
+        yield
+        opened.result()
+
+
+@torch.inference_mode()
+def _open_libraries(device: torch.device) -> None:
+    image = torch.zeros((1, _VECTOR, 3, 3), dtype=torch.float16, device=device)
+    F.conv2d(image, image)
+    rows = image.view(_VECTOR, 9)[:, :_VECTOR].contiguous()
+    F.linear(rows, rows)
+    F.linear(rows, rows, rows[0])
 
 
 class _Place:
