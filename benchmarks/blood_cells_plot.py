@@ -9,7 +9,7 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import MultipleLocator, PercentFormatter
 
 from benchmarks.blood_cells import RESULTS
 from benchmarks.table import ROOT, TITLES
@@ -49,6 +49,7 @@ def _trade(axes: Axes, runs: list[dict[str, Any]], speeds: dict[str, float]) -> 
         axes.errorbar(speed, value, reach, fmt="o", color=_COLOURS[arch], capsize=3, markersize=5)
     axes.set(xlabel="images per second, one H200, batch 256", ylabel="test accuracy")
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=1))
+    axes.yaxis.set_major_locator(MultipleLocator(0.005))
     axes.set_xlim(0, 1.2 * max(speeds[run["architecture"]] for run in runs))
 
 
