@@ -18,6 +18,7 @@ import numpy as np
 
 from benchmarks.common import write
 from benchmarks.table import ROOT
+from mambamic.benchmark.environment import environment
 from mambamic.checkpoint import load_checkpoint
 from mambamic.evaluation.run import METRICS, PREDICTIONS, Evaluation, evaluate
 from mambamic.training.fit import LOG
@@ -57,6 +58,7 @@ def evaluated(run: Path, data: Path, split: str) -> Row:
         "temperature": calibration["temperature"],
         "calibration_error_before": calibration["before"]["calibration_error"],
         "split": split,
+        "evaluated_on": environment()["device"],
         "images": measured["images"],
         "wrong": wrong,
         "overall": measured["overall"],

@@ -33,7 +33,7 @@ def missing_module() -> str | None:
 
 
 def prepare() -> None:
-    """Import what compiles, which takes 0.2 s, so that a first launch need not."""
+    """Import what compiles and open its cache, so that a first launch need not: 0.2 s."""
     from cuda.bindings import driver, nvrtc  # noqa: F401
 
     _cache()

@@ -133,7 +133,7 @@ def test_stopped_on_two_devices_it_goes_on_with_one(data: Path, tmp_path: Path) 
 
 def test_two_devices_to_the_end(data: Path, tmp_path: Path) -> None:
     out = tmp_path / "two"
-    # Each normalises its own images: two would be too few to learn from.
+    # Each device normalises its own images: two would be too few to learn from.
     recipe = replace(RECIPE, batch_size=8, learning_rate=2.4e-3)
     run = run_in(data, out, recipe=recipe)
     checkpoint = train(run, device="cpu", devices=2, progress=False)

@@ -28,12 +28,16 @@ _VECTOR = 8  # the kernels move eight channels at once
 def opening_libraries(device: torch.device) -> Iterator[None]:
     """Have another thread open the GPU, cuBLAS and cuDNN while the block runs.
 
-    Once in a process that takes half a second, in which the interpreter has nothing to do.
+    The first time in a process this takes half a second, in which the interpreter has nothing
+    to do. What fails there is raised after the block, unless the block itself fails.
     """
     with ThreadPoolExecutor(1, "open-libraries") as pool:
         opened = pool.submit(_open_libraries, device)
         yield
-        opened.result()
+        try:
+            opened.result()
+        finally:
+            del opened  # it holds the exception, whose traceback holds the caller's frame
 
 
 @torch.inference_mode()
@@ -42,7 +46,7 @@ def _open_libraries(device: torch.device) -> None:
     F.conv2d(image, image)
     rows = image.view(_VECTOR, 9)[:, :_VECTOR].contiguous()
     F.linear(rows, rows)
-    F.linear(rows, rows, rows[0])
+    F.linear(rows, rows, rows[0])  # with a bias it is cuBLASLt's
 
 
 class _Place:
