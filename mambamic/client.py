@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import ssl
 import threading
 import time
 from collections import deque
@@ -361,9 +362,16 @@ def _strange(reply: urllib3.BaseHTTPResponse) -> AnswerError:
 
 
 def _unreachable(base: str, error: HTTPError) -> ServerError:
-    said = "its certificate was refused" if isinstance(error, SSLError) else "nobody answers"
+    said, remedy = "nobody answers", "check the address, and start one by: mambamic serve"
+    if isinstance(error, SSLError):
+        said, remedy = "it does not speak TLS", "write http:// where there is no TLS"
+        if any(isinstance(part, ssl.SSLCertVerificationError) for part in error.args):
+            said = "its certificate was refused"
+            remedy = (
+                "give the file of who signed it (--ca FILE), and the name that it is made out to"
+            )
     return ServerError(
         f"{base} cannot be used: {said} ({type(error).__name__})",
         "a running server, or an edge in front of one",
-        "check the address, and start one by: mambamic serve",
+        remedy,
     )

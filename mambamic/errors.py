@@ -191,6 +191,12 @@ def named(code: str, status: int, message: str) -> MambamicError:
     expected, _, remedy = rest.partition("; ")
     if remedy:
         return kind(problem, expected, remedy)
+    if kind is NotFoundError:
+        return kind(
+            f"{message.rstrip('.')} (status {status})",
+            "the name, or NAME/VERSION, of a model that is served there",
+            "check the model's name; the server's management API lists them under /models",
+        )
     return kind(
         f"{message.rstrip('.')} (status {status})", "a prediction", "see the log of the server"
     )

@@ -315,6 +315,23 @@ def test_what_concerns_every_image_ends_it(
     assert len(script.seen) < 20
 
 
+def test_a_model_that_is_not_served_is_looked_for_by_its_name(script: Script) -> None:
+    body = {"code": 404, "type": "ModelNotFoundException", "message": "Model not found: cells"}
+    script.replies = [Reply(404, body)]
+    with (
+        client(script) as one,
+        pytest.raises(NotFoundError, match="check the model's name") as told,
+    ):
+        one.predict([b"a"])
+    assert told.value.problem == "Model not found: cells (status 404)"
+
+
+def test_tls_where_there_is_none(script: Script) -> None:
+    script.url = script.url.replace("http://", "https://")
+    with client(script) as one, pytest.raises(ServerError, match=r"does not speak TLS.*http://"):
+        one.predict([b"a"])
+
+
 def test_a_server_with_a_lower_limit_gets_fewer_at_once(script: Script) -> None:
     script.most_bytes = 700
     images = [f"image{number}".encode() * 20 for number in range(9)]

@@ -33,6 +33,7 @@ def test_writes_and_verifies(
     [
         (["model.bin"], "ends in .onnx"),
         (["model.onnx", "--images", "x.png"], "add --verify"),
+        (["model.onnx", "--verify", "--images", "x.png"], "x.png cannot be read"),
     ],
 )
 def test_wrong_calls(
@@ -47,3 +48,14 @@ def test_wrong_calls(
     assert main(["onnx", str(random_checkpoint), *more]) == 2
     assert said in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_nothing_is_written_before_the_images_are_read(
+    random_checkpoint: Path, root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "text.png").write_text("no image")
+    images = [str(root / "examples" / "cell.png"), str(tmp_path / "text.png")]
+    out = tmp_path / "model.onnx"
+    assert main(["onnx", str(random_checkpoint), str(out), "--verify", "--images", *images])
+    assert f"{images[1]}: 8 bytes that are not an image" in capsys.readouterr().err
+    assert not out.exists()

@@ -71,3 +71,14 @@ def test_an_output_that_is_a_file_is_refused(random_checkpoint: Path, tmp_path: 
     )
     assert done.returncode == 2
     assert "--out" in done.stderr
+
+
+def test_a_run_that_is_stopped_says_how_it_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stopped(_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mambamic.slides.call.score_slides", stopped)
+    assert main(["score", "a.svs", "--out", str(tmp_path)]) == 130
+    assert "the same command goes on" in capsys.readouterr().err

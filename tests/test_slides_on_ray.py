@@ -10,6 +10,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 
+from mambamic.errors import ServerError
 from mambamic.preprocess import Preprocess
 from mambamic.slides.pipeline import Part, PartScores, Seconds
 from mambamic.slides.plan import Plan
@@ -45,6 +46,15 @@ def test_rows_become_scores_or_say_why_not(on_ray: ModuleType) -> None:
     assert result.embeddings is not None
     assert np.isnan(result.embeddings).all(axis=1).tolist() == [False, True, True, False]
     assert (result.missing, seconds.model) == (0, 1)
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "127.0.0.1", "nowhere.invalid:6379"])
+def test_a_cluster_that_is_not_there_is_given_up_at_once(
+    on_ray: ModuleType, address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(on_ray.ray, "init", lambda **_: pytest.fail("Ray would try for minutes"))
+    with pytest.raises(ServerError, match=f"{address} cannot be joined .*HOST:PORT"):
+        on_ray.connect(address)
 
 
 def test_no_part_waits_in_a_wave_while_others_wait_for_it(on_ray: ModuleType) -> None:

@@ -59,6 +59,9 @@ def test_a_mask_image_of_another_shape_is_refused(tmp_path: Path, slide: np.ndar
     Image.new("L", (30, 40)).save(tmp_path / "bad.png")
     with pytest.raises(UsageError, match="30 x 40"):
         find_tissue("otsu", tmp_path / "bad.png", _overview(slide))
+    (tmp_path / "text.png").write_text("no image")
+    with pytest.raises(UsageError, match=r"the mask .*text.png of --tissue \(8 bytes that are not"):
+        find_tissue("otsu", tmp_path / "text.png", _overview(slide))
 
 
 def test_geojson_is_drawn_with_its_holes_from_the_corner_of_the_bounds(

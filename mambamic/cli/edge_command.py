@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -119,6 +120,8 @@ def run(args: argparse.Namespace) -> int:
             f"nginx -p {args.write.absolute()}/ -c {args.write.absolute() / nginx.CONF} -e stderr"
         )
         return 0
+    for upstream in settings.upstreams:
+        _knock(upstream)
     if args.foreground:
         return _stay(settings)
     was_running = nginx.start(settings, _warn)
@@ -126,6 +129,7 @@ def run(args: argparse.Namespace) -> int:
     print(
         f"{'changed' if was_running else 'started'}: {_address(settings)} in front of "
         + ", ".join(f"{one.address} (up to {one.in_flight})" for one in settings.upstreams)
+        + ("; no token is asked for" if settings.tokens is None else "; for those with a token")
         + f"; logs in {folder.logs}; stop by: mambamic edge --stop --port {settings.port}"
     )
     return 0
@@ -136,6 +140,15 @@ def _upstreams(args: argparse.Namespace) -> list[Upstream]:
     if args.in_flight is None:
         return [capacity.measured(upstream) for upstream in given]
     return [Upstream(upstream.host, upstream.port, args.in_flight) for upstream in given]
+
+
+def _knock(upstream: Upstream) -> None:
+    """Warn where nobody listens: it may be about to start, or its address be wrong."""
+    try:
+        socket.create_connection((upstream.host, upstream.port), timeout=2).close()
+    except OSError as error:
+        said = error.strerror or error
+        _warn(f"nobody answers at {upstream.address} now ({said}): requests get 503 until one does")
 
 
 def _address(settings: EdgeSettings) -> str:

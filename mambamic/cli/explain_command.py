@@ -17,8 +17,8 @@ from mambamic.explain.overlay import encode, overlay
 from mambamic.images import decode
 
 DESCRIPTION = """\
-Show where in an image the evidence for a class lies: for each image a PNG of its own size with a
-heat map over it, and the class and its probability below. A file that cannot be read is reported,
+Show where in an image the evidence for a class lies: for each image a PNG with a heat map over
+it, and the class and its probability below. A file that cannot be read is reported,
 and the others are explained.
 
 example:
@@ -33,7 +33,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``mambamic explain``."""
     parser.description = DESCRIPTION
     add = parser.add_argument
-    add("checkpoint", type=Path, metavar="CHECKPOINT", help="the checkpoint's folder")
+    add("checkpoint", type=Path, metavar="CHECKPOINT", help="its folder, or an ONNX file")
     add("images", type=Path, nargs="+", metavar="IMAGE", help="image files")
     add("--out", type=Path, required=True, metavar="DIR", help="folder of the pictures")
     add(

@@ -56,19 +56,20 @@ def run(args: argparse.Namespace) -> int:
     from mambamic.export.onnx_export import write_onnx
 
     checkpoint = load_checkpoint(args.checkpoint)
+    given = _decoded(checkpoint, args.images) if args.images else None
     begun = time.monotonic()
     written = write_onnx(checkpoint, args.out, float_input=args.float_input)
     took = time.monotonic() - begun
     print(f"{written} ({written.stat().st_size / 1e6:.1f} MB, written in {took:.1f} s)")
-    return _verify(checkpoint, written, args.images) if args.verify else 0
+    return _verify(checkpoint, written, given) if args.verify else 0
 
 
-def _verify(checkpoint: Checkpoint, path: Path, images: Sequence[Path]) -> int:
+def _verify(checkpoint: Checkpoint, path: Path, given: Pixels | None) -> int:
     from mambamic.export.onnx_verify import TOLERANCE, random_pixels, verify
 
     pixels = random_pixels(_RANDOM, checkpoint.config.input_size)
-    if images:
-        pixels = np.concatenate([pixels, _decoded(checkpoint, images)])
+    if given is not None:
+        pixels = np.concatenate([pixels, given])
     differs = False
     for found in verify(checkpoint, path, pixels):
         differs |= not found.holds
@@ -89,7 +90,7 @@ def _decoded(checkpoint: Checkpoint, images: Sequence[Path]) -> Pixels:
         ) from error
     with DecodePool(checkpoint.config.preprocess) as pool:
         decoded = pool.map(files)
-    for item in decoded:
+    for path, item in zip(images, decoded, strict=True):
         if isinstance(item, MambamicError):
-            raise item
+            raise type(item)(f"{path}: {item.problem}", item.expected, item.remedy)
     return np.stack([item for item in decoded if not isinstance(item, MambamicError)])

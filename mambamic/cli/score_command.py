@@ -111,7 +111,11 @@ def run(args: argparse.Namespace) -> int:
         server=_server(args),
         ray=args.ray,
     )
-    outcome = score_slides(call)
+    try:
+        outcome = score_slides(call)
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on with the tiles that are missing", file=sys.stderr)
+        raise
     for line in outcome.lines:
         print(line)
     for line in outcome.complaints:

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from mambamic.cli.arguments import positive
+from mambamic.config import ARCHITECTURES
+from mambamic.errors import UsageError
 from mambamic.preprocess import Preprocess
 from mambamic.training.recipe import Recipe, Strengths
 from mambamic.training.recipe_files import DEFAULT, read_recipe, shipped
@@ -121,6 +123,8 @@ def run(args: argparse.Namespace) -> int:
     """Train and print where the checkpoint is and how good it is."""
     from mambamic.training.run import RESULT, Run, train
 
+    if args.arch not in ARCHITECTURES:
+        raise UsageError(f"--arch {args.arch!r}", " or ".join(ARCHITECTURES), "choose one of these")
     recipe, preprocess = read_recipe(args.recipe, _changes(vars(args)))
     task = Run(
         data=args.data,

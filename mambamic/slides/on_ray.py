@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import socket
 import time
 from collections.abc import Iterator
 from typing import Any, cast
@@ -41,8 +42,9 @@ def connect(address: str) -> int:
         ServerError: It cannot be reached.
     """
     try:
+        _knock(address)
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         raise ServerError(
             f"the Ray cluster {address} cannot be joined ({str(error).splitlines()[0]})",
             "HOST:PORT of a head that is up, of the same versions of Python and Ray",
@@ -53,6 +55,13 @@ def connect(address: str) -> int:
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     alive = sum(node["Alive"] for node in ray.nodes())
     return int(ray.cluster_resources().get("GPU", 0)) or alive
+
+
+def _knock(address: str) -> None:
+    """Raise where nobody listens: Ray itself would try for many minutes."""
+    if address != "auto":
+        host, _, port = address.removeprefix("ray://").rpartition(":")
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
 
 
 def run_parts_on_ray(

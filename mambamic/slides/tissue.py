@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from mambamic.errors import SlideError, UsageError
+from mambamic.errors import MambamicError, SlideError, UsageError
 from mambamic.images import decode
 from mambamic.slides.overview import Overview
 
@@ -114,8 +114,11 @@ def tissue_fractions(
 def _from_image(file: Path, size: tuple[int, int]) -> Mask:
     try:
         image = decode(file.read_bytes()).convert("L")
-    except OSError as error:
-        raise UsageError(f"the mask {file} ({error})", "an image", "check the path") from error
+    except (OSError, MambamicError) as error:
+        what = error.problem if isinstance(error, MambamicError) else error
+        raise UsageError(
+            f"the mask {file} of --tissue ({what})", "an image", "check the path"
+        ) from error
     ours, theirs = size[0] / size[1], image.width / image.height
     if not 0.95 < ours / theirs < 1.05:
         raise UsageError(

@@ -192,7 +192,7 @@ class Recipe:
             raise UsageError(
                 f"warmup_epochs {self.warmup_epochs}",
                 f"fewer than the {self.epochs} epochs",
-                "give fewer warmup_epochs, 0 say, or more epochs",
+                "give fewer (--warmup-epochs 0, say), or more epochs",
             )
 
     def side(self, epoch: int, full: int) -> int:

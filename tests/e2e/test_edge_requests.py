@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from .edges import CELL, PREDICT, Front, edge, error_of, scripted, tries
+from .servers import free_port
 
 
 def test_ids_and_the_time_reach_the_server_and_the_log(front: Front) -> None:
@@ -163,6 +164,28 @@ def test_what_a_server_says_of_a_bad_image_arrives_as_it_was_said(front: Front) 
     one.answer = two.answer = 404  # TorchServe's, for a model that is not there
     reply = running.ask("POST", PREDICT, body=b"x")
     assert (reply.status, error_of(reply)) == (404, "not_found")
+
+
+def test_an_image_as_a_form_is_refused_before_torchserve_fails_on_it(front: Front) -> None:
+    running, one, two = front
+    headers = {"Content-Type": "application/x-www-form-urlencoded"}
+    reply = running.ask("POST", PREDICT, body=b"%~%zz", headers=headers)
+    assert (reply.status, error_of(reply)) == (415, "unsupported_media_type")
+    assert "curl -F image=@cell.png" in reply.json()["error"]["message"]
+    assert not one.seen + two.seen
+
+
+def test_a_server_that_is_not_there_and_tokens_that_are_left_out_are_told(front: Front) -> None:
+    running, one, _ = front
+    behind = f"127.0.0.1:{one.port}"
+    nowhere = f"127.0.0.1:{free_port()}"
+    try:
+        said = running.change(f"--upstream={behind}", f"--upstream={nowhere}")
+    finally:
+        running.change(*running.arguments)
+    assert f"nobody answers at {nowhere} now" in said
+    assert f"nobody answers at {behind}" not in said
+    assert "no token is asked for" in said
 
 
 def test_tokens(state: Path) -> None:
