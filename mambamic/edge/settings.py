@@ -261,7 +261,7 @@ def _next_map(upstreams: Sequence[Upstream]) -> str:
         for number, upstream in enumerate(upstreams):
             address = re.escape(upstream.address)
             lines.append(rf'"~^(50[37]\|[^|]*|504\|0)\|{address}$" without_{number};')
-    lines += [r'"~\|0(, 0)*\|" stopping;', '"~^504" late;', '"~503" stopping;']
+    lines += [r'"~\|0(, 0)*\|" stopping;', '"~^504" late;', r'"~^[^|]*503\|" stopping;']
     source = '"$upstream_status|$upstream_bytes_sent|$upstream_addr"'
     return "\n    ".join([f"map {source} $edge_next {{", *lines]) + "\n}\n"
 

@@ -102,8 +102,10 @@ class ScriptedServer:
 
 
 @contextlib.contextmanager
-def scripted(answer: int | str | Callable[[], int | str] = 200) -> Iterator[ScriptedServer]:
-    """Run such a server."""
+def scripted(
+    answer: int | str | Callable[[], int | str] = 200, port: int = 0
+) -> Iterator[ScriptedServer]:
+    """Run such a server, on a free port unless one is named."""
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -144,7 +146,7 @@ def scripted(answer: int | str | Callable[[], int | str] = 200) -> Iterator[Scri
         def handle_error(self, *ignored: object) -> None:
             pass
 
-    server = Server(("127.0.0.1", 0), Handler)
+    server = Server(("127.0.0.1", port), Handler)
     script = ScriptedServer(server.server_address[1], answer)
     thread = threading.Thread(target=server.serve_forever, args=(0.05,))
     thread.start()

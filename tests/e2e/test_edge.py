@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
@@ -78,6 +78,25 @@ def test_it_is_tried_twice_and_no_more(
             assert (answer.status, error_of(answer)) == (status, code)
             assert tries(*servers) == 2 * turn
         assert max(len(server.seen) for server in servers) <= 6, "one server twice for one request"
+
+
+@pytest.mark.parametrize("failure", [507, "reset"])
+def test_no_port_and_no_length_is_taken_for_a_status(state: Path, failure: int | str) -> None:
+    """503 in an address, or at the end of the number of bytes that were sent."""
+    with ExitStack() as stack:
+        one = stack.enter_context(scripted(failure, _free_port_with_503()))
+        for behind in ([], [stack.enter_context(scripted(failure)).port]):
+            with edge(state, ports=[one.port, *behind]) as running:
+                for length in range(300, 340):  # with its headers, around 503
+                    assert running.body(b"x" * length).status == 502, length
+
+
+def _free_port_with_503() -> int:
+    for port in (5030, 5031, 5032, 8503, 15030, 15031, 15032, 25030, 25031):
+        with socket.socket() as trial, suppress(OSError):
+            trial.bind(("127.0.0.1", port))
+            return port
+    raise OSError("each of these ports is taken")
 
 
 def test_neither_an_error_of_the_model_nor_a_time_out_is_tried_again(front: Front) -> None:
