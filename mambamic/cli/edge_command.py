@@ -148,7 +148,10 @@ def _knock(upstream: Upstream) -> None:
         socket.create_connection((upstream.host, upstream.port), timeout=2).close()
     except OSError as error:
         said = error.strerror or error
-        _warn(f"nobody answers at {upstream.address} now ({said}): requests get 503 until one does")
+        _warn(
+            f"nobody answers at {upstream.address} now ({said}): until somebody does, its requests "
+            "go to another server, or get 503 where there is none"
+        )
 
 
 def _address(settings: EdgeSettings) -> str:
